@@ -1,0 +1,204 @@
+"""The value that every pass reads and returns: a graph, its stage, and what is known about it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from diffcr_compile.blocks import BlockSpec, Refusal
+from diffcr_compile.errors import UsageError
+from diffcr_compile.routing import Gate
+from diffcr_compile.schedule import TokenSchedule
+from diffcr_compile.signature import CallSignature, same_constant
+
+
+class Stage(enum.IntEnum):
+    """How far a program has come. Each stage has its own rules in ``verify.py``."""
+
+    CAPTURED = 0  # one call_module node per routable block, everything else ATen
+    ROUTED = 1  # a selector, gathers and a scatter around each of them; K may change
+    FROZEN = 2  # K is an integer in the graph; nothing that depends on data has a size
+
+
+class DiTGraph(fx.GraphModule):
+    """A captured, routed or frozen model. Call it exactly like the model it was made from."""
+
+    @property
+    def program(self) -> Program:
+        """What the compiler knows about this graph."""
+        program: Program = self.meta["program"]
+        return program
+
+    @property
+    def routers(self) -> dict[str, nn.Module]:
+        """Router of each routed block: block name -> module, ``router(x (B, N, C)) -> (B, N)``."""
+        found = {}
+        for spec in self.program.blocks:
+            for name in (f"{selector_name(spec.name)}.router", router_name(spec.name)):
+                if _has_submodule(self, name):
+                    found[spec.name] = self.get_submodule(name)
+        return found
+
+    def check_constants(self, found: tuple[Any, ...]) -> None:
+        """Refuse a call whose non-tensor arguments differ from those of the capture."""
+        for (path, expected), value in zip(self.program.signature.constants, found, strict=True):
+            if not same_constant(value, expected):
+                where = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+                raise UsageError(
+                    f"{where} is {value!r}, but the model was captured with {expected!r}, and a "
+                    "graph cannot change it. Capture again with the value you need."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A graph and what the compiler knows about it.
+
+    Attributes:
+        module: the graph, callable like the model. Parameters are shared between programs.
+        stage: how far compilation has come.
+        signature: how the graph is called.
+        example: example tensors by placeholder name; their sizes are the sizes of the program.
+        blocks: the blocks that may be routed, in the order in which they run.
+        refused: candidates that stay dense, and why.
+        gate: how a router's score enters the forward value.
+        schedule: column of the token schedule, FROZEN only.
+        bucket: index of the timestep bucket, FROZEN only.
+        dynamic_batch: the graph runs with other batch sizes than the example's.
+        history: one line per pass that changed the program, oldest first.
+    """
+
+    module: DiTGraph
+    stage: Stage
+    signature: CallSignature
+    example: Mapping[str, Tensor]
+    blocks: tuple[BlockSpec, ...]
+    refused: tuple[Refusal, ...] = ()
+    gate: Gate = "straight_through"
+    schedule: TokenSchedule | None = None
+    bucket: int | None = None
+    dynamic_batch: bool = True
+    history: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def batch(self) -> int:
+        """Batch size of the example inputs."""
+        return batch_size(self.example)
+
+    def with_graph(
+        self, graph: fx.Graph, modules: Mapping[str, nn.Module] | None = None, **changes: Any
+    ) -> Program:
+        """A program around an edited `graph`; weights are shared with this one.
+
+        Args:
+            graph: the edited graph.
+            modules: modules that the graph calls and this program does not have yet, by target.
+            changes: other fields that change.
+        """
+        root = {
+            str(node.target): _attribute(self.module, str(node.target), modules or {})
+            for node in graph.nodes
+            if node.op in {"call_module", "get_attr"}
+        }
+        module = DiTGraph(root, graph, class_name="DiTGraph").train(self.module.training)
+        return dataclasses.replace(self, module=module, **changes).attached()
+
+    def attached(self) -> Program:
+        """Make ``program.module.program`` this program."""
+        self.module.meta["program"] = self
+        return self
+
+    def copy_graph(self) -> fx.Graph:
+        """A graph that may be edited; nodes keep their names and shapes."""
+        return copy.deepcopy(self.graph)
+
+    def block(self, name: str) -> BlockSpec:
+        """The spec of a routable block."""
+        return next(spec for spec in self.blocks if spec.name == name)
+
+
+def batch_size(example: Mapping[str, Tensor]) -> int:
+    """Size of axis 0 of the input with the most axes, which is the sample."""
+    return max(example.values(), key=lambda t: t.ndim).shape[0]
+
+
+def selector_name(block: str) -> str:
+    return f"{block.replace('.', '_')}_select"
+
+
+def router_name(block: str) -> str:
+    return f"{block.replace('.', '_')}_router"
+
+
+def _attribute(owner: nn.Module, target: str, extra: Mapping[str, nn.Module]) -> Any:
+    if target in extra:
+        return extra[target]
+    value: Any = owner
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _has_submodule(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def tensor_args(program: Program, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Tensors in placeholder order.
+
+    Raises:
+        UsageError: an input is missing or unknown.
+    """
+    names = list(program.signature.inputs)
+    if set(names) != set(tensors):
+        raise UsageError(f"the graph takes the inputs {names}, got {sorted(tensors)}")
+    return tuple(tensors[name] for name in names)
+
+
+def run_flat(program: Program, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run the graph on tensors by placeholder name; the output's tensors, flat."""
+    outputs = program.module(**rebuild_call(program.signature, tensors))
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def rebuild_call(signature: CallSignature, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keyword arguments of a call from its tensors and the constants of the capture."""
+    call: dict[str, Any] = {}
+    every = [(path, tensors[name]) for name, path in signature.inputs.items()]
+    for path, value in [*every, *signature.constants]:
+        _put(call, path, value)
+    built = {name: _as_sequences(value) for name, value in call.items()}
+    for parameter in signature.parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            built.update(built.pop(parameter.name, {}))
+    return built
+
+
+def _put(tree: dict[Any, Any], path: tuple[int | str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _as_sequences(tree: Any) -> Any:
+    """Dicts whose keys are 0, 1, 2, ... back into lists."""
+    if not isinstance(tree, dict):
+        return tree
+    items = {key: _as_sequences(value) for key, value in tree.items()}
+    if items and all(isinstance(key, int) for key in items):
+        return [items[key] for key in sorted(items)]
+    return items

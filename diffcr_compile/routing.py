@@ -1,0 +1,231 @@
+"""The routing ops: score tokens, select the best K, gather them, put the processed ones back.
+
+Per routed block (design section 4), with s the logits of the router::
+
+    index = top-k(s, K)                              # (B, K)
+    kept  = x[index]                                 # (B, K, C), token-aligned arguments likewise
+    y     = block(kept, ...)
+    out   = x with rows `index` replaced by kept + gate * (y - kept)
+
+Nothing sorts the index: a block is routed only if permuting its tokens permutes its output, so
+their order cannot matter, and a sort would cost a second TopK in every block.
+
+Source of the method: You et al., "Layer- and Timestep-Adaptive Differentiable Token Compression
+Ratios for Efficient Diffusion Transformers" (CVPR 2025), after Mixture-of-Depths (Raposo et al. 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Gate = Literal["straight_through", "paper"]
+
+
+class TokenRouter(nn.Module):
+    """One linear score per token, always in fp32 (TensorRT has no bf16 TopK; fewer ties).
+
+    Args:
+        width: channels C of the stream.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, N, C) -> (B, N)
+        logits: Tensor = self.score(tokens.float())[..., 0]
+        return logits
+
+
+class RandomRouter(nn.Module):
+    """The control: every token is as likely as any other, anew at every call."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, N, C) -> (B, N)
+        return torch.randn(tokens.shape[:2], device=tokens.device)
+
+
+class Selection(NamedTuple):
+    """What a selector hands to the gathers and the scatter of its block.
+
+    Attributes:
+        index: (B, K) positions of the kept tokens, best first; None when all are kept.
+        gate: (B, K) weight of the residual minus 1; None when it is exactly 0.
+        low_index: the first K_low of `index`, for the `two_bin` estimator; None otherwise.
+        low_gate: the gate of `low_index`.
+        blend: weight in [0, 1] of the larger bin, for `two_bin`.
+    """
+
+    index: Tensor | None
+    gate: Tensor | None
+    low_index: Tensor | None = None
+    low_gate: Tensor | None = None
+    blend: Tensor | None = None
+
+
+class TokenSelector(nn.Module):
+    """Router and top-k of one block while K may still change; `freeze` replaces it by plain ops.
+
+    Attributes:
+        kept_tokens: K, 1 <= K <= num_tokens.
+        low_tokens: K_low < K, the next smaller bin, while keep ratios are learned; None otherwise.
+        blend: weight in [0, 1] of the tokens ranked K_low to K. It carries the gradient of the
+            keep ratio.
+        blends_outputs: the `two_bin` estimator is at work; tokens are then not weighted here.
+    """
+
+    def __init__(
+        self, router: nn.Module, num_tokens: int, start: int, *, shares_index: bool, gate: Gate
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.num_tokens = num_tokens
+        self.start = start
+        self.shares_index = shares_index
+        self.gate: Gate = gate
+        self.keep(num_tokens)
+
+    def keep(self, kept_tokens: int) -> None:
+        """Keep a fixed number of tokens from now on."""
+        self.kept_tokens = kept_tokens
+        self.low_tokens: int | None = None
+        self.blend: Tensor | None = None
+        self.blends_outputs = False
+
+    def keep_between(self, low: int, high: int, blend: Tensor, *, two_bin: bool) -> None:
+        """Keep `high` tokens, of which those ranked after `low` count with weight `blend`."""
+        self.kept_tokens, self.low_tokens, self.blend = high, low, blend
+        self.blends_outputs = two_bin
+
+    def forward(self, stream: Tensor) -> Selection:  # (B, L, C)
+        if self.kept_tokens == self.num_tokens and self.low_tokens is None:
+            if not self.training and self.gate == "straight_through":
+                return Selection(None, None)
+        logits = self.router(image_tokens(stream, self.start, self.num_tokens))  # (B, N)
+        if self.kept_tokens == self.num_tokens and self.low_tokens is None:
+            return Selection(None, self._gate(logits))
+        index = select_tokens(logits, self.kept_tokens, self.shares_index)  # (B, K)
+        gate = self._gate(logits.gather(1, index))
+        if self.low_tokens is None or self.blend is None:
+            return Selection(index, gate)
+        if self.blends_outputs:
+            low_gate = None if gate is None else gate[:, : self.low_tokens]
+            return Selection(index, gate, index[:, : self.low_tokens], low_gate, self.blend)
+        boundary = torch.arange(self.kept_tokens, device=index.device) >= self.low_tokens  # (K,)
+        weight = torch.where(boundary, self.blend, 1.0)  # (K,)
+        gate = weight.expand(index.shape) - 1 if gate is None else (1 + gate) * weight - 1
+        return Selection(index, gate)
+
+    def _gate(self, logits: Tensor) -> Tensor | None:
+        if self.gate == "paper":
+            return logits.sigmoid() - 1
+        if not self.training:
+            return None
+        score = logits.sigmoid()
+        return score - score.detach()  # 0 in value, so that keep ratio 1.0 stays the dense model
+
+
+def image_tokens(stream: Tensor, start: int, num_tokens: int) -> Tensor:
+    """The image tokens of a stream that may hold others too: (B, L, C) -> (B, N, C)."""
+    if start == 0 and stream.shape[1] == num_tokens:
+        return stream
+    return stream[:, start : start + num_tokens]
+
+
+def select_tokens(logits: Tensor, kept_tokens: int, shares_index: bool) -> Tensor:
+    """Positions of the `kept_tokens` highest logits, best first: (B, N) -> (B, K).
+
+    With `shares_index` the mean over the batch decides, and all rows of the result are equal.
+    """
+    if not shares_index:
+        return logits.topk(kept_tokens, dim=1).indices
+    index = logits.mean(0, keepdim=True).topk(kept_tokens, dim=1).indices  # (1, K)
+    return index.expand(logits.shape[0], -1)
+
+
+def paper_gate(logits: Tensor, index: Tensor | None) -> Tensor:
+    """sigmoid(logit) - 1 of the kept tokens: (B, N), (B, K) -> (B, K)."""
+    kept = logits if index is None else logits.gather(1, index)
+    return kept.sigmoid() - 1
+
+
+def gather_tokens(
+    tensor: Tensor, index: Tensor | None, axis: int, start: int, num_tokens: int, batched: bool
+) -> Tensor:
+    """Cut the N image tokens on `axis` down to the K of `index` (B, K); other tokens stay.
+
+    `x[batch, index]` becomes GatherND in ONNX; torch.gather would expand an int64 index to the
+    size of the data.
+    """
+    if index is None:
+        return tensor
+    at = int(batched)
+    moved = tensor.movedim(axis, at)  # (B, L, ...) or (L, ...)
+    others = moved.shape[at] - num_tokens
+    image = moved.narrow(at, start, num_tokens) if others else moved
+    if batched:
+        image = image.expand(index.shape[0], *image.shape[1:])
+        kept = image[_rows(index), index]  # (B, K, ...)
+    else:
+        kept = image[index[0]]  # (K, ...): every sample has the same index
+    if others:
+        before = moved.narrow(at, 0, start)
+        after = moved.narrow(at, start + num_tokens, others - start)
+        if batched:
+            before, after = (t.expand(index.shape[0], *t.shape[1:]) for t in (before, after))
+        kept = torch.cat([before, kept, after], dim=at)
+    return kept.movedim(at, axis)
+
+
+def scatter_tokens(
+    stream: Tensor,
+    index: Tensor | None,
+    kept: Tensor,
+    processed: Tensor,
+    gate: Tensor | None,
+    start: int,
+    num_tokens: int,
+) -> Tensor:
+    """Put the processed tokens back in their places; bypassed tokens are passed on unchanged.
+
+    Args:
+        stream: (B, L, C) as it came to the block.
+        index: (B, K) from :func:`select_tokens`, None for "all kept".
+        kept: (B, L - N + K, C), what the block was given.
+        processed: what the block made of it.
+        gate: (B, K) weight of the residual minus 1, None for a weight of exactly 1.
+    """
+    other = stream.shape[1] - num_tokens
+    if gate is not None:
+        # Written so that a gate of exactly 0 leaves `processed` bit-equal.
+        weight = gate if other == 0 else _zeros_for_neighbours(gate, start, other)
+        processed = processed + weight[..., None].to(processed.dtype) * (processed - kept)
+    if index is None:
+        return processed
+    if other == 0:
+        return stream.index_put((_rows(index), index), processed)
+    end = start + index.shape[1]
+    image = stream[:, start : start + num_tokens].index_put((_rows(index), index), processed[:, start:end])
+    return torch.cat([processed[:, :start], image, processed[:, end:]], dim=1)
+
+
+def blend_bins(low: Tensor, high: Tensor, weight: Tensor | None) -> Tensor:
+    """``low + weight * (high - low)``: the two bracketing bins of the `two_bin` estimator.
+
+    A weight of None says that there is no smaller bin, K is fixed.
+    """
+    if weight is None:
+        return high
+    return torch.lerp(low, high, weight.to(high.dtype))
+
+
+def _rows(index: Tensor) -> Tensor:
+    return torch.arange(index.shape[0], device=index.device)[:, None]  # (B, 1)
+
+
+def _zeros_for_neighbours(gate: Tensor, start: int, other: int) -> Tensor:
+    before = gate.new_zeros(gate.shape[0], start)
+    after = gate.new_zeros(gate.shape[0], other - start)
+    return torch.cat([before, gate, after], dim=1)

@@ -1,0 +1,335 @@
+"""Keep ratios (learned, real), token schedules (frozen, integer) and the solver between them."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffcr_compile.errors import BudgetError, UsageError
+
+Floats = npt.NDArray[np.float64]
+# Share of the budget that the solver may leave unused. A cell of a small model is a few tenths of
+# a percent of the whole, so this is about one cell.
+UNUSED_SHARE = 0.004
+# Costs are rounded up to this share of the budget per cell, so a solution is never over budget.
+COST_STEPS_PER_CELL = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TimestepBuckets:
+    """Contiguous ranges (edges[i], edges[i + 1]] of the model's timestep input.
+
+    The first bucket takes everything up to its upper edge and the last one everything above its
+    lower edge, so every timestep has a bucket. Buckets are chosen by timestep value, never by
+    step index.
+
+    Attributes:
+        edges: n + 1 increasing values, in the unit of the model's timestep input.
+        weights: share of the sampling steps that falls into each bucket, sums to 1.
+    """
+
+    edges: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.edges) < 2 or list(self.edges) != sorted(set(self.edges)):
+            raise UsageError(f"timestep bucket edges must increase, got {self.edges}")
+        if len(self.weights) != len(self.edges) - 1 or abs(sum(self.weights) - 1) > 1e-6:
+            raise UsageError(
+                f"{len(self.edges) - 1} timestep buckets need as many weights that sum to 1, "
+                f"got {self.weights}"
+            )
+
+    @classmethod
+    def even(cls, count: int, low: float = 0.0, high: float = 1000.0) -> TimestepBuckets:
+        """`count` buckets of equal width and weight between `low` and `high`."""
+        if count < 1:
+            raise UsageError(f"the number of timestep buckets must be at least 1, got {count}")
+        edges = [low + (high - low) * i / count for i in range(count + 1)]
+        return cls(tuple(edges), (1.0 / count,) * count)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def index_of(self, timestep: float) -> int:
+        """The bucket of a timestep value.
+
+        Raises:
+            UsageError: the timestep is not a finite number.
+        """
+        if not np.isfinite(timestep):
+            raise UsageError(f"timestep must be a finite number, got {timestep}")
+        return min(max(bisect.bisect_left(self.edges, timestep) - 1, 0), len(self) - 1)
+
+    def ranges(self) -> list[list[float]]:
+        """[low, high] of each bucket."""
+        return [[a, b] for a, b in zip(self.edges, self.edges[1:], strict=False)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeepRatios:
+    """Learned keep ratios, tokens processed / tokens present.
+
+    Attributes:
+        blocks: block names.
+        values: (blocks, buckets), each in [0, 1].
+    """
+
+    blocks: tuple[str, ...]
+    values: Floats
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or len(self.values) != len(self.blocks):
+            raise UsageError(
+                f"keep ratios must be (blocks, buckets) = ({len(self.blocks)}, ...), "
+                f"got {self.values.shape}"
+            )
+        if not np.all((self.values >= 0) & (self.values <= 1)):
+            raise UsageError(
+                f"keep ratios must lie in [0, 1], got {self.values.min()} to {self.values.max()}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CostTable:
+    """What each block costs at each allowed number of kept tokens.
+
+    Attributes:
+        levels: block -> allowed kept tokens, ascending; the last is the block's num_tokens.
+        macs: block -> MACs per sample at each level, routing included.
+        routing: block -> the part of `macs` that the router takes, at each level.
+        moved_bytes: block -> bytes read and written by gathers and scatter, per sample.
+        outer: MACs per sample of everything outside the routable blocks.
+    """
+
+    levels: Mapping[str, tuple[int, ...]]
+    macs: Mapping[str, tuple[float, ...]]
+    routing: Mapping[str, tuple[float, ...]]
+    moved_bytes: Mapping[str, tuple[float, ...]]
+    outer: float
+
+    @property
+    def dense(self) -> float:
+        """MACs per sample of the dense model."""
+        return self.outer + sum(cost[-1] for cost in self.macs.values())
+
+    def at(self, block: str, kept_tokens: int) -> float:
+        """MACs of a block at one of its levels."""
+        return self.macs[block][self.levels[block].index(kept_tokens)]
+
+    def interpolate(self, block: str, keep_ratio: float) -> tuple[float, float]:
+        """MACs at a real keep ratio, linear between levels, and their slope per keep ratio."""
+        levels, macs = self.levels[block], self.macs[block]
+        tokens = keep_ratio * levels[-1]
+        upper = min(max(bisect.bisect_left(levels, tokens), 1), len(levels) - 1)
+        low, high = levels[upper - 1], levels[upper]
+        slope = (macs[upper] - macs[upper - 1]) / (high - low)
+        return macs[upper - 1] + slope * (tokens - low), slope * levels[-1]
+
+    def smallest_budget(self) -> float:
+        """The smallest reachable share of the dense MACs."""
+        return (self.outer + sum(min(cost) for cost in self.macs.values())) / self.dense
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenSchedule:
+    """How many tokens each block processes in each timestep bucket.
+
+    Attributes:
+        kept_tokens: block name -> kept tokens per bucket; the rest bypass the block.
+        num_tokens: block name -> image tokens present, before any routing.
+        buckets: the timestep buckets.
+        asked: the budget that was asked for, share of the dense MACs; None if none was.
+        reached: the share of the dense MACs that this schedule costs; None if not measured.
+    """
+
+    kept_tokens: Mapping[str, tuple[int, ...]]
+    num_tokens: Mapping[str, int]
+    buckets: TimestepBuckets
+    asked: float | None = None
+    reached: float | None = None
+
+    def __post_init__(self) -> None:
+        for block, column in self.kept_tokens.items():
+            if len(column) != len(self.buckets):
+                raise UsageError(
+                    f"kept_tokens[{block!r}] needs one entry per timestep bucket "
+                    f"({len(self.buckets)}), got {len(column)}"
+                )
+            for kept in column:
+                if not 0 <= kept <= self.num_tokens[block]:
+                    raise UsageError(
+                        f"kept_tokens[{block!r}] must lie in [0, {self.num_tokens[block]}], got {kept}"
+                    )
+
+    def column(self, bucket: int) -> dict[str, int]:
+        """Kept tokens per block in one bucket."""
+        return {block: kept[bucket] for block, kept in self.kept_tokens.items()}
+
+    def ratios(self) -> KeepRatios:
+        """The same schedule as keep ratios."""
+        rows = [[k / self.num_tokens[b] for k in kept] for b, kept in self.kept_tokens.items()]
+        return KeepRatios(tuple(self.kept_tokens), np.array(rows, dtype=np.float64))
+
+    def merged(self) -> TokenSchedule:
+        """The same schedule with adjacent buckets of equal columns joined into one."""
+        keep = [
+            i for i in range(len(self.buckets)) if i == 0 or self.column(i) != self.column(i - 1)
+        ]
+        starts = [*keep, len(self.buckets)]
+        spans = list(zip(starts, starts[1:], strict=False))
+        edges = (*(self.buckets.edges[a] for a in keep), self.buckets.edges[-1])
+        weights = tuple(sum(self.buckets.weights[a:b]) for a, b in spans)
+        return dataclasses.replace(
+            self,
+            kept_tokens={b: tuple(k[i] for i in keep) for b, k in self.kept_tokens.items()},
+            buckets=TimestepBuckets(edges, weights),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kept_tokens": {block: list(kept) for block, kept in self.kept_tokens.items()},
+            "num_tokens": dict(self.num_tokens),
+            "edges": list(self.buckets.edges),
+            "weights": list(self.buckets.weights),
+            "asked": self.asked,
+            "reached": self.reached,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TokenSchedule:
+        return cls(
+            {block: tuple(kept) for block, kept in data["kept_tokens"].items()},
+            dict(data["num_tokens"]),
+            TimestepBuckets(tuple(data["edges"]), tuple(data["weights"])),
+            data["asked"],
+            data["reached"],
+        )
+
+
+def cost_of(costs: CostTable, schedule: TokenSchedule) -> float:
+    """MACs per sample of a schedule, averaged over the sampling steps."""
+    return costs.outer + sum(
+        weight * costs.at(block, kept)
+        for block, column in schedule.kept_tokens.items()
+        for weight, kept in zip(schedule.buckets.weights, column, strict=True)
+    )
+
+
+def check_budget(costs: CostTable, budget: float) -> None:
+    """Raise unless `budget` is a share of the dense model that some schedule reaches.
+
+    Raises:
+        UsageError: not in (0, 1].
+        BudgetError: below the smallest reachable budget, which the error names.
+    """
+    if not 0 < budget <= 1:
+        raise UsageError(f"budget must be in (0, 1] of the dense MACs (0.6 or '60%'), got {budget}")
+    smallest = costs.smallest_budget()
+    if budget < smallest:
+        raise BudgetError(
+            f"budget {budget:.1%} of the dense MACs cannot be reached: with every routable block "
+            f"at its smallest keep ratio the model still costs {smallest:.2%}. The smallest "
+            f"reachable budget is {np.ceil(smallest * 1000) / 10:.1f}%; ask for that or more, or "
+            "lower min_keep_ratio.",
+            smallest,
+        )
+
+
+def solve_schedule(
+    ratios: KeepRatios, costs: CostTable, buckets: TimestepBuckets, budget: float
+) -> TokenSchedule:
+    """The schedule nearest to `ratios` that costs at most `budget` and wastes next to nothing.
+
+    Exact multiple-choice knapsack by dynamic programming over the cost. Nearest means least sum of
+    squared differences of keep ratios, each weighted by what its cell costs when dense.
+
+    Args:
+        ratios: (blocks, buckets), what was learned.
+        costs: MACs per block and level.
+        buckets: the timestep buckets, one per column of `ratios`.
+        budget: share of the dense MACs in (0, 1].
+
+    Raises:
+        BudgetError: no schedule is as cheap as that.
+    """
+    check_budget(costs, budget)
+    available = budget * costs.dense - costs.outer
+    cells = [(row, column) for row in range(len(ratios.blocks)) for column in range(len(buckets))]
+    choices = [_choices(ratios, costs, buckets, cell) for cell in cells]
+    steps = COST_STEPS_PER_CELL * len(cells)
+    picked = _least_penalty(choices, available, steps)
+    kept: dict[str, list[int]] = {block: [0] * len(buckets) for block in ratios.blocks}
+    for (row, column), level in zip(cells, picked, strict=True):
+        block = ratios.blocks[row]
+        kept[block][column] = costs.levels[block][level]
+    schedule = TokenSchedule(
+        {block: tuple(column) for block, column in kept.items()},
+        {block: costs.levels[block][-1] for block in ratios.blocks},
+        buckets,
+        asked=budget,
+    )
+    return dataclasses.replace(schedule, reached=cost_of(costs, schedule) / costs.dense)
+
+
+def _choices(
+    ratios: KeepRatios, costs: CostTable, buckets: TimestepBuckets, cell: tuple[int, int]
+) -> tuple[Floats, Floats]:
+    """(costs, penalties) of every level of one cell."""
+    row, column = cell
+    block = ratios.blocks[row]
+    weight = buckets.weights[column]
+    levels = np.array(costs.levels[block], dtype=np.float64)
+    macs = np.array(costs.macs[block], dtype=np.float64) * weight
+    wanted = ratios.values[row, column]
+    return macs, macs[-1] * (levels / levels[-1] - wanted) ** 2
+
+
+def _least_penalty(
+    choices: Sequence[tuple[Floats, Floats]], available: float, steps: int
+) -> list[int]:
+    """Pick one level per cell: least penalty with cost in ((1 - UNUSED_SHARE) * available, available]."""
+    unit = available / steps
+    best = np.full(steps + 1, np.inf)  # best[c]: least penalty of the cells so far at cost exactly c
+    best[0] = 0.0
+    taken = []
+    for macs, penalty in choices:
+        after = np.full(steps + 1, np.inf)
+        choice = np.zeros(steps + 1, dtype=np.int16)
+        for level, (cost, loss) in enumerate(zip(np.ceil(macs / unit - 1e-9), penalty, strict=True)):
+            shift = int(cost)
+            if shift > steps:
+                continue
+            candidate = np.full(steps + 1, np.inf)
+            candidate[shift:] = best[: steps + 1 - shift] + loss
+            better = candidate < after
+            after[better], choice[better] = candidate[better], level
+        best = after
+        taken.append(choice)
+    return _walk_back(choices, taken, best, unit, steps)
+
+
+def _walk_back(
+    choices: Sequence[tuple[Floats, Floats]],
+    taken: Sequence[npt.NDArray[np.int16]],
+    best: Floats,
+    unit: float,
+    steps: int,
+) -> list[int]:
+    full = int(steps * (1 - UNUSED_SHARE))
+    reachable = np.flatnonzero(np.isfinite(best))
+    if len(reachable) == 0:  # rounding up each cell left nothing: every cell at its cheapest fits
+        return [int(np.argmin(macs)) for macs, _ in choices]
+    well_used = reachable[reachable >= full]
+    at = int(well_used[np.argmin(best[well_used])]) if len(well_used) else int(reachable[-1])
+    picked = []
+    for (macs, _), choice in zip(reversed(choices), reversed(taken), strict=True):
+        level = int(choice[at])
+        picked.append(level)
+        at -= int(np.ceil(macs[level] / unit - 1e-9))
+    return picked[::-1]

@@ -1,0 +1,1 @@
+"""Export of FROZEN programs and parity checks; import as `diffcr_compile.export`."""

@@ -1,0 +1,1 @@
+"""Graph rewrites, one pass per file; ``base.py`` says what a pass is."""

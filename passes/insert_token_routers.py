@@ -1,0 +1,115 @@
+"""Put a router, gathers and a scatter around every routable block."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx, nn
+
+from diffcr_compile import routing
+from diffcr_compile.blocks import BlockSpec
+from diffcr_compile.errors import PostconditionError, PreconditionError
+from diffcr_compile.passes.base import Pass, PassResult
+from diffcr_compile.passes.graph_edit import (
+    argument,
+    block_node,
+    gather_arguments,
+    output_node,
+    replace_uses,
+    set_arguments,
+)
+from diffcr_compile.program import Program, Stage, selector_name
+from diffcr_compile.routing import Gate, RandomRouter, TokenRouter, TokenSelector
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertTokenRouters(Pass):
+    """Route every routable block; all tokens are kept until something else is asked for.
+
+    Before:  ``y = block(x, rope, ...)``
+    After:   ``index, gate = selector(x)``
+             ``y = block(gather(x, index), gather(rope, index), ...)``
+             ``out = scatter(x, index, y, gate)``
+
+    Args:
+        gate: how the router's score enters the forward value, see ``routing.py``.
+        router: ``linear`` to learn which tokens matter, ``random`` for the control.
+        seed: seed of the routers' initial weights.
+    """
+
+    name: ClassVar[str] = "insert-token-routers"
+    gate: Gate = "straight_through"
+    router: Literal["linear", "random"] = "linear"
+    seed: int = 0
+
+    def requires(self, program: Program) -> None:
+        if program.stage != Stage.CAPTURED:
+            raise PreconditionError(f"{self.name} needs a CAPTURED program, got {program.stage.name}")
+
+    def run(self, program: Program) -> PassResult:
+        if not program.blocks:
+            return PassResult(program, 0)
+        graph = program.copy_graph()
+        selectors: dict[str, nn.Module] = {}
+        routed = []
+        for number, spec in enumerate(program.blocks):
+            block = block_node(graph, spec.name)
+            image = output_node(block, spec.output)
+            if image is None:  # nobody reads its image stream, so there is nothing to put back
+                continue
+            selectors[selector_name(spec.name)] = self._selector(spec, number)
+            _route(graph, block, image, spec)
+            routed.append(spec)
+        result = program.with_graph(
+            graph, selectors, stage=Stage.ROUTED, blocks=tuple(routed), gate=self.gate
+        )
+        return PassResult(result, len(routed))
+
+    def ensures(self, program: Program) -> None:
+        missing = [b.name for b in program.blocks if b.name not in program.module.routers]
+        if missing:
+            raise PostconditionError(f"{self.name}: no router was inserted for {missing}")
+
+    def _selector(self, spec: BlockSpec, number: int) -> TokenSelector:
+        router: nn.Module = RandomRouter() if self.router == "random" else TokenRouter(spec.width)
+        generator = torch.Generator().manual_seed(self.seed * 1000 + number)
+        for parameter in router.parameters():
+            std = spec.width**-0.5
+            parameter.data = std * torch.randn(parameter.shape, generator=generator)
+        return TokenSelector(
+            router,
+            spec.num_tokens,
+            spec.stream.start,
+            shares_index=spec.shares_index,
+            gate=self.gate,
+        )
+
+
+def _route(graph: fx.Graph, block: fx.Node, image: fx.Node, spec: BlockSpec) -> None:
+    with graph.inserting_before(block):
+        stream = argument(block, spec.stream.path)
+        name = block.name
+        selection = graph.create_node(
+            "call_module", selector_name(spec.name), (stream,), name=f"{name}_select"
+        )
+        index = graph.create_node(
+            "call_function", operator.getitem, (selection, 0), name=f"{name}_selected"
+        )
+        gate = graph.create_node(
+            "call_function", operator.getitem, (selection, 1), name=f"{name}_gate"
+        )
+        kept = gather_arguments(graph, block, spec, index)
+    set_arguments(block, kept)
+    with graph.inserting_after(image):
+        scatter = graph.create_node(
+            "call_function",
+            routing.scatter_tokens,
+            (stream, index, kept[spec.stream.path], image, gate, spec.stream.start, spec.num_tokens),
+            name=f"{name}_scatter",
+        )
+    replace_uses(image, scatter, keep=lambda user: user is scatter)
+
+

@@ -1,0 +1,274 @@
+"""The house itself: links, packaging, make targets, documents; no model is touched."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"venv", "demo", "test", "lint", "docs", "bench", "soak"}
+EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "report", "quality", "dev"}
+# packages that `make` does not install, so constraints.txt has no pin for them
+UNPINNED = {"onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu12"}
+# below these, "the folder above the checkout" says nothing about a person's machine
+SYSTEM_FOLDERS = {"/", "/bin", "/etc", "/opt", "/srv", "/usr", "/var"}
+
+
+def _load_pyproject() -> dict[str, Any]:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def _requirements() -> list[Requirement]:
+    project = _load_pyproject()["project"]
+    lines = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        lines += extra
+    return [Requirement(line) for line in lines]
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _check_docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "check_docs", ROOT / "docs" / "check_docs.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _text_files() -> list[Path]:
+    """Files git tracks or would track; all files outside hidden folders where git is missing."""
+    if shutil.which("git") and (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        paths = [
+            p for p in ROOT.rglob("*") if not p.relative_to(ROOT).parts[0].startswith(".")
+        ]
+    return [p for p in paths if p.is_file() and not p.is_symlink() and _is_text(p)]
+
+
+def _is_text(path: Path) -> bool:
+    return b"\0" not in path.read_bytes()[:4096]
+
+
+def _modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["passes", "export"])
+def test_links_into_the_package_are_relative_and_resolve(name: str) -> None:
+    link = ROOT / "diffcr_compile" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+    assert (link / "__init__.py").samefile(ROOT / name / "__init__.py")
+
+
+@pytest.mark.parametrize("name", ["passes", "export"])
+def test_linked_packages_import_under_the_one_root(name: str) -> None:
+    module = importlib.import_module(f"diffcr_compile.{name}")
+    assert module.__file__ is not None
+    assert Path(module.__file__).samefile(ROOT / name / "__init__.py")
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    loaded = _modules_after("import diffcr_compile")
+    assert not loaded & {"torch", "onnx", "onnxruntime", "tensorrt", "diffusers"}
+
+
+def test_importing_the_runtime_loads_neither_torch_nor_onnx() -> None:
+    loaded = _modules_after("import diffcr_compile.runtime")
+    assert not loaded & {"torch", "onnx", "onnxscript", "diffusers", "matplotlib"}
+
+
+def test_package_data_is_there() -> None:
+    package = resources.files("diffcr_compile")
+    assert (package / "py.typed").is_file()
+    templates = [entry.name for entry in (package / "report").iterdir()]
+    assert any(name.endswith(".j2") for name in templates), templates
+    assets = [entry.name for entry in (package / "reference" / "assets").iterdir()]
+    assert any(name.endswith(".safetensors") for name in assets), assets
+    assert any(name.endswith(".json") for name in assets), assets
+
+
+def test_package_data_patterns_cover_every_data_file() -> None:
+    patterns = _load_pyproject()["tool"]["setuptools"]["package-data"]["diffcr_compile"]
+    package = ROOT / "diffcr_compile"
+    covered = {path for pattern in patterns for path in package.glob(pattern)}
+    data = {
+        path
+        for folder in (package / "report", package / "reference")
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"}
+    }
+    assert data <= covered, sorted(str(path.relative_to(ROOT)) for path in data - covered)
+
+
+def test_only_one_name_lands_in_site_packages() -> None:
+    find = _load_pyproject()["tool"]["setuptools"]["packages"]["find"]
+    assert find["include"] == ["diffcr_compile*"]
+
+
+def test_python_range_extras_and_console_script() -> None:
+    project = _load_pyproject()["project"]
+    assert project["requires-python"] == ">=3.10"
+    assert set(project["optional-dependencies"]) == EXTRAS
+    assert project["scripts"] == {"diffcr": "diffcr_compile.cli:main"}
+
+
+def test_installed_version_is_the_projects() -> None:
+    assert (
+        importlib.metadata.version("diffcr-compile") == _load_pyproject()["project"]["version"]
+    )
+
+
+def test_requirements_are_ranges() -> None:
+    pinned = [str(r) for r in _requirements() if any(s.operator == "==" for s in r.specifier)]
+    assert pinned == []
+
+
+def test_constraints_are_pins_without_local_versions_or_addresses() -> None:
+    for constraint in _constraints():
+        assert [s.operator for s in constraint.specifier] == ["=="], constraint
+        assert "+" not in str(constraint.specifier), constraint
+        assert constraint.url is None, constraint
+
+
+def test_every_requirement_has_a_pin_in_its_range() -> None:
+    pins = {_normal(c.name): next(iter(c.specifier)).version for c in _constraints()}
+    for requirement in _requirements():
+        name = _normal(requirement.name)
+        if name in UNPINNED:
+            continue
+        assert name in pins, f"{requirement}: no line in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), (requirement, pins[name])
+
+
+def test_pins_hold_in_the_environment_that_runs_the_tests() -> None:
+    if not (Path(sys.prefix) / ".installed").exists():
+        return  # an environment of the user's own making; the ranges apply, not the pins
+    environment = default_environment()
+    for constraint in _constraints():
+        if constraint.marker is not None and not constraint.marker.evaluate(environment):
+            continue
+        try:
+            installed = importlib.metadata.version(constraint.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # needed on other platforms only
+        assert constraint.specifier.contains(installed), (constraint, installed)
+
+
+def test_makefile_has_the_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE)) >= TARGETS
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS - {"venv"}))
+def test_make_sets_up_torch_by_its_pin_before_anything_else(
+    target: str, tmp_path: Path
+) -> None:
+    # a dry run against an environment that does not exist yet: what a fresh machine would do
+    command = ["make", "-n", target, f"VENV={tmp_path / 'fresh'}"]
+    # the flags of a `make test` that runs these tests are none of this one's
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment
+    )
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 2
+    assert "-c constraints.txt" in installs[0]
+    assert re.search(r'"torch==\d+\.\d+\.\d+"$', installs[0])
+    assert "-e " in installs[1]
+
+
+def test_ci_calls_lint_and_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make lint test" in script.read_text(encoding="utf-8")
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:6]
+    commands = [line.split("#")[0].strip() for line in lines if line.startswith("    make")]
+    assert [command.split()[1] for command in commands] == ["demo", "test"]
+
+
+def test_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_relative_links_in_documents_resolve() -> None:
+    check = _check_docs()
+    assert [line for path in check.markdown_files() for line in check.broken_links(path)] == []
+
+
+def test_code_names_in_documents_resolve() -> None:
+    check = _check_docs()
+    assert [
+        line for path in check.markdown_files() for line in check.unknown_names(path)
+    ] == []
+
+
+def test_make_targets_in_documents_exist() -> None:
+    check = _check_docs()
+    assert [
+        line for path in check.markdown_files() for line in check.unknown_targets(path)
+    ] == []
+
+
+def test_public_names_in_the_readme_exist() -> None:
+    package = importlib.import_module("diffcr_compile")
+    names = set(re.findall(r"\bdcr\.(\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert names
+    assert sorted(name for name in names if not hasattr(package, name)) == []
+
+
+def test_no_file_names_a_persons_machine() -> None:
+    folders = {str(ROOT), str(ROOT.parent), str(Path.home())} - SYSTEM_FOLDERS
+    dynamic = "|".join(re.escape(folder) for folder in sorted(folders))
+    # a path starts after a blank, a quote or the like; `docs/home/x` and a URL's path are none
+    start = r"(?<![\w./\-<>{}:~])"
+    pattern = re.compile(rf"{start}(?:(?:{dynamic})(?![\w-])|/(?:home|Users|root)/\w)")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in _text_files()
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
+        )
+        if pattern.search(line)
+    ]
+    assert found == []

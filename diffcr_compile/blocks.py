@@ -18,7 +18,8 @@ class TokenAxis:
         path: where the argument stands in the block call, see :func:`show_path`.
         axis: the axis that runs along tokens.
         start: index of the first image token on that axis (text tokens may come first).
-        batched: the argument has the batch on axis 0, so each sample is gathered by its own index.
+        batched: each sample is gathered by its own index. The batch is on axis 0; if that is the
+            token axis, the argument has no batch axis and the gather gives it one.
     """
 
     path: Path

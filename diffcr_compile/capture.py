@@ -27,12 +27,14 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from diffcr_compile.blocks import BlockSpec, Refusal, map_leaves
+from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import CaptureError
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size
 from diffcr_compile.signature import CallCodeGen, CallSignature, bind_call, split_leaves
 
 aten = torch.ops.aten
+# What models call the input that says how noisy the sample is.
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 # Checks of the exporter that hold by construction; they would pin dtypes and devices.
 _ASSERTIONS = {
     aten._assert_tensor_metadata.default,
@@ -48,6 +50,7 @@ def capture(
     kwargs: Mapping[str, Any],
     blocks: Sequence[BlockSpec],
     refused: Sequence[Refusal] = (),
+    sample: Path = (),
 ) -> Program:
     """Capture `model` with its routable blocks as single nodes.
 
@@ -58,6 +61,7 @@ def capture(
             size is not where the model allows it.
         blocks: blocks to keep as nodes, from ``legality.find_blocks``.
         refused: passed on into the program.
+        sample: path of the noisy sample in (args, kwargs), from ``legality.find_blocks``.
 
     Raises:
         CaptureError: torch.export cannot trace the model.
@@ -76,20 +80,32 @@ def capture(
     graph = builder.build(list(signature.inputs), bound)
     graph.set_codegen(CallCodeGen(signature))
     module = DiTGraph(builder.root, graph, class_name="DiTGraph").eval()
-    program = Program(
+    return Program(
         module=module,
         stage=Stage.CAPTURED,
         signature=signature,
         example=example,
         blocks=tuple(blocks),
         refused=tuple(refused),
+        sample_input=_sample_name(sample, list(bound)),
+        timestep_input=next((n for n in example if n in TIMESTEP_NAMES), None),
         dynamic_batch=dynamic_batch,
     ).attached()
-    return program
+
+
+def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
+    """Placeholder of the sample: positional arguments are known by their parameter's name."""
+    if not sample:
+        return None
+    first = parameters[int(sample[1])] if sample[0] == 0 else sample[1]
+    return _placeholder((first, *sample[2:]))
 
 
 def _export(
-    model: nn.Module, bound: Mapping[str, Any], names: Sequence[str], example: Mapping[str, Tensor]
+    model: nn.Module,
+    bound: Mapping[str, Any],
+    names: Sequence[str],
+    example: Mapping[str, Tensor],
 ) -> tuple[ExportedProgram, bool]:
     """torch.export, with the batch axis free if the model allows it."""
     call = _expand_variadic(model, bound)
@@ -193,7 +209,9 @@ class _GraphBuilder:
 
     def __init__(self, model: nn.Module, exported: ExportedProgram, blocks: set[str]) -> None:
         self.model = model
-        self.source = torch.export.unflatten(exported)
+        with warnings.catch_warnings():  # it warns about the pytree specs that it adds itself
+            warnings.simplefilter("ignore")
+            self.source = torch.export.unflatten(exported)
         self.positional = {  # block -> how many positional arguments the user's call had
             entry.fqn: entry.signature.in_spec.child(0).num_children
             for entry in exported.module_call_graph
@@ -204,10 +222,10 @@ class _GraphBuilder:
         self._attributes: dict[str, fx.Node] = {}
 
     def build(self, placeholders: Sequence[str], bound: Mapping[str, Any]) -> fx.Graph:
-        every = [leaf for leaf in pytree.tree_leaves(dict(bound))]
+        every = pytree.tree_leaves(dict(bound))
         tensors = iter([self.graph.placeholder(name) for name in placeholders])
         inputs = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in every]
-        source_graph = self.source.graph
+        source_graph: Any = self.source.graph
         count = len(source_graph.find_nodes(op="placeholder"))
         if count != len(inputs):
             inputs = [value for value in inputs if isinstance(value, fx.Node)]
@@ -222,7 +240,9 @@ class _GraphBuilder:
         self.graph.lint()
         return self.graph
 
-    def _inline(self, graph: fx.Graph, owner: nn.Module, prefix: str, inputs: Sequence[Any]) -> Any:
+    def _inline(
+        self, graph: fx.Graph, owner: nn.Module, prefix: str, inputs: Sequence[Any]
+    ) -> Any:
         """Copy `graph` node by node; structures made by pytree helpers exist only while copying."""
         values: dict[fx.Node, Any] = {}
         waiting = iter(inputs)
@@ -251,10 +271,9 @@ class _GraphBuilder:
         if node.target is operator.getitem and not isinstance(args[0], fx.Node):
             return args[0][args[1]]
         kwargs = {key: _resolve(values, value) for key, value in node.kwargs.items()}
-        made = self.graph.create_node(
+        return self.graph.create_node(
             "call_function", node.target, tuple(args), kwargs, name=node.name
         )
-        return made
 
     def _call(
         self, owner: nn.Module, prefix: str, node: fx.Node, values: Mapping[fx.Node, Any]
@@ -265,7 +284,10 @@ class _GraphBuilder:
         kwargs = {key: _resolve(values, value) for key, value in node.kwargs.items()}
         if name not in self.positional:
             inner = owner.get_submodule(target)
-            return self._inline(inner.graph, inner, f"{prefix}{target}.", [*args, *kwargs.values()])
+            inner_graph: Any = inner.graph
+            return self._inline(
+                inner_graph, inner, f"{prefix}{target}.", [*args, *kwargs.values()]
+            )
         block = self.model.get_submodule(name)
         # With a free batch axis, unflatten puts tensors that carry lifted sizes in front.
         args = args[len(args) - self.positional[name] :]
@@ -292,13 +314,17 @@ def _resolve(values: Mapping[fx.Node, Any], argument: Any) -> Any:
     if isinstance(argument, fx.Node):
         return values[argument]
     if isinstance(argument, (list, tuple)):
-        return [_resolve(values, a) for a in argument] if isinstance(argument, list) else tuple(
-            _resolve(values, a) for a in argument
+        return (
+            [_resolve(values, a) for a in argument]
+            if isinstance(argument, list)
+            else tuple(_resolve(values, a) for a in argument)
         )
     if isinstance(argument, dict):
         return {key: _resolve(values, a) for key, a in argument.items()}
     if isinstance(argument, slice):
-        return slice(*(_resolve(values, a) for a in (argument.start, argument.stop, argument.step)))
+        return slice(
+            *(_resolve(values, a) for a in (argument.start, argument.stop, argument.step))
+        )
     return argument
 
 
@@ -332,6 +358,10 @@ def _user_tensor(model: nn.Module, name: str, traced: Tensor) -> Tensor:
     value: Any = model
     for part in name.split("."):
         value = getattr(value, part, None)
-    if isinstance(value, Tensor) and value.shape == traced.shape and value.dtype == traced.dtype:
+    if (
+        isinstance(value, Tensor)
+        and value.shape == traced.shape
+        and value.dtype == traced.dtype
+    ):
         return value
     return traced.detach()

@@ -5,7 +5,8 @@
 2. *Which tokens are image tokens*: run the model with every candidate replaced by the identity,
    change the image input, and see which positions of each block's stream move.
 3. *Roles*: the smallest set of token-aligned arguments with which
-   a. permuting the image tokens permutes the output (in float64, on the real inputs), and
+   a. permuting the image tokens, each sample in its own way, permutes the output (in float64, on
+      the real inputs), and
    b. the block runs on K < N tokens.
    An argument that fits by accident (width = N, text length = N) is not needed and is left alone.
 4. Whatever cannot be shown legal is refused, with the reason and the number that was found.
@@ -52,17 +53,26 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Blocks that may be routed, in running order, and the candidates that may not."""
+    """What the experiments found.
+
+    Attributes:
+        blocks: blocks that may be routed, in running order.
+        refused: candidates that may not, and why.
+        sample: path of the noisy sample in (args, kwargs); () if no input looks like one.
+    """
 
     blocks: tuple[BlockSpec, ...]
     refused: tuple[Refusal, ...]
+    sample: Path
 
 
-class _Illegal(Exception):
+class _IllegalError(Exception):
     """Why a candidate may not be routed."""
 
 
-def find_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Findings:
+def find_blocks(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Findings:
     """Find every block of `model` that may be routed, and the roles of its arguments.
 
     Args:
@@ -72,19 +82,24 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     candidates = dict(_candidates(model))
     with torch.no_grad():
+        args, kwargs = _two_samples(model, args, kwargs)
         calls, output = _record(model, args, kwargs, candidates, identity=False)
         sample = _sample_input(args, kwargs, output)
         moved = _moved_positions(model, args, kwargs, candidates, sample)
         blocks: list[BlockSpec] = []
         refused: list[Refusal] = []
-        for name in sorted(candidates, key=lambda n: list(calls).index(n) if n in calls else -1):
+        for name in sorted(
+            candidates, key=lambda n: list(calls).index(n) if n in calls else -1
+        ):
             try:
                 blocks.append(
-                    _examine(name, candidates[name], calls.get(name, []), moved.get(name), blocks)
+                    _examine(
+                        name, candidates[name], calls.get(name, []), moved.get(name), blocks
+                    )
                 )
-            except _Illegal as reason:
+            except _IllegalError as reason:
                 refused.append(Refusal(name, str(reason)))
-    return Findings(tuple(blocks), tuple(refused))
+    return Findings(tuple(blocks), tuple(refused), sample)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -116,9 +131,7 @@ def _record(
     handles = []
     for name, module in candidates.items():
 
-        def hook(
-            _: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name
-        ) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
             tree = (tuple(args), dict(kwargs))
             calls.setdefault(name, []).append(Call(tree, output))
             return _identity_output(tree, output) if identity else None
@@ -130,6 +143,27 @@ def _record(
         for handle in handles:
             handle.remove()
     return calls, output
+
+
+def _two_samples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with at least two samples: one alone hides which arguments go with the batch."""
+    given = (tuple(args), dict(kwargs))
+    tensors = [leaf for _, leaf in leaves(given) if isinstance(leaf, Tensor)]
+    if not tensors or max(tensors, key=lambda t: t.ndim).shape[:1] != (1,):
+        return given
+
+    def double(_: Path, leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)
+        return torch.cat([leaf, leaf]) if is_batched else leaf
+
+    doubled = map_leaves(given, double)
+    try:
+        model(*doubled[0], **doubled[1])
+    except Exception:  # noqa: BLE001 - a model that takes one sample only
+        return given
+    return doubled[0], doubled[1]
 
 
 def _identity_output(tree: Any, output: Any) -> Any:
@@ -216,9 +250,11 @@ def _examine(
     moved: Mapping[Path, Tensor] | None,
     known: Sequence[BlockSpec],
 ) -> BlockSpec:
-    """The roles of one candidate's arguments, or _Illegal."""
+    """The roles of one candidate's arguments, or _IllegalError."""
     if len(calls) != 1:
-        raise _Illegal(f"it is called {len(calls)} times per forward; a routed block runs once")
+        raise _IllegalError(
+            f"it is called {len(calls)} times per forward; a routed block runs once"
+        )
     call = calls[0]
     stream, output, span = _image_stream(call, moved)
     source: Tensor = get_leaf(call.tree, stream)
@@ -226,11 +262,8 @@ def _examine(
     trial = _Trial(module, call, TokenAxis(stream, 1, start), output, num_tokens)
     wanted = _alike(known, call, stream) or ()
     aligned, error = trial.smallest_alignment(wanted)
-    shares_index = any(not leaf.batched for leaf in aligned)
-    if shares_index and trial.takes_batched_tables(aligned):
-        aligned = tuple(dataclasses.replace(leaf, batched=True) for leaf in aligned)
-        shares_index = False
-    outputs = [leaf for leaf in _tensors(call.output)]
+    aligned = trial.per_sample(aligned)
+    outputs = list(_tensors(call.output))
     return BlockSpec(
         name=name,
         stream=TokenAxis(stream, 1, start),
@@ -238,13 +271,15 @@ def _examine(
         aligned=aligned,
         num_tokens=num_tokens,
         width=source.shape[2],
-        shares_index=shares_index,
+        shares_index=any(not leaf.batched for leaf in aligned),
         removable=len(outputs) == 1 and num_tokens == source.shape[1],
         error=error,
     )
 
 
-def _alike(known: Sequence[BlockSpec], call: Call, stream: Path) -> tuple[TokenAxis, ...] | None:
+def _alike(
+    known: Sequence[BlockSpec], call: Call, stream: Path
+) -> tuple[TokenAxis, ...] | None:
     """Roles of an earlier block that has all these arguments: worth trying first."""
     present = {path for path, _ in leaves(call.tree)}
     for spec in reversed(known):
@@ -258,7 +293,9 @@ def _image_stream(
 ) -> tuple[Path, Path, tuple[int, int]]:
     """(path in the call, path in the output, (start, num_tokens)) of the image stream."""
     if moved is None:
-        raise _Illegal("it does not run when the other blocks are replaced by the identity")
+        raise _IllegalError(
+            "it does not run when the other blocks are replaced by the identity"
+        )
     floats = {
         path: leaf
         for path, leaf in leaves(call.tree)
@@ -266,7 +303,9 @@ def _image_stream(
     }
     results = [(path, leaf) for path, leaf in leaves(call.output) if isinstance(leaf, Tensor)]
     if not results:
-        raise _Illegal(f"its output is {type(call.output).__name__}, with no tensor in a tuple or list")
+        raise _IllegalError(
+            f"its output is {type(call.output).__name__}, with no tensor in a tuple or list"
+        )
     streams = []
     taken: set[Path] = set()
     for output_path, result in results:
@@ -278,19 +317,25 @@ def _image_stream(
                 break
     if not taken:
         shapes = [tuple(leaf.shape) for _, leaf in results]
-        raise _Illegal(f"no input has the shape of its output {shapes}, so a token cannot bypass it")
+        raise _IllegalError(
+            f"no input has the shape of its output {shapes}, so a token cannot bypass it"
+        )
     if not streams:
         shapes = sorted({tuple(floats[path].shape) for path in taken})
-        raise _Illegal(f"no image token reaches it in a (batch, tokens, channels) stream; its streams are {shapes}")
+        raise _IllegalError(
+            f"no image token reaches it in a (batch, tokens, channels) stream; its streams are {shapes}"
+        )
     if len(streams) > 1:
-        raise _Illegal(f"it carries {len(streams)} image streams; one is needed")
+        raise _IllegalError(f"it carries {len(streams)} image streams; one is needed")
     path, output_path, positions = streams[0]
     where = positions.nonzero().flatten()
     start, count = int(where[0]), len(where)
     if int(where[-1]) - start + 1 != count:
-        raise _Illegal(f"its {count} image tokens are not contiguous ({start} to {int(where[-1])})")
+        raise _IllegalError(
+            f"its {count} image tokens are not contiguous ({start} to {int(where[-1])})"
+        )
     if count < 2:
-        raise _Illegal(f"its stream has {count} image token")
+        raise _IllegalError(f"its stream has {count} image token")
     return path, output_path, (start, count)
 
 
@@ -309,7 +354,7 @@ class _Trial:
         try:
             self.reference = self._run(self.tree)
         except Exception as error:
-            raise _Illegal(f"it does not run in float64: {_short(error)}") from error
+            raise _IllegalError(f"it does not run in float64: {_short(error)}") from error
         self.generator = generator
 
     def _prepare(self, path: Path, leaf: Any, generator: torch.Generator) -> Any:
@@ -320,9 +365,14 @@ class _Trial:
         if not leaf.is_floating_point():
             return leaf
         leaf = leaf.double()
-        if path == self.stream.path:  # equal tokens (a constant image) would hide every difference
-            leaf = leaf + 0.5 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-        return leaf
+        if (
+            path == self.stream.path
+        ):  # equal tokens (a constant image) would hide every difference
+            return leaf + 0.5 * _noise(leaf, generator)
+        if leaf.ndim == 0:
+            return leaf
+        # a gate that starts at zero may be computed outside the block (adaLN-single)
+        return torch.where(leaf == 0, 0.2 * _noise(leaf, generator), leaf)
 
     def _run(self, tree: Any) -> Any:
         args, kwargs = tree
@@ -340,8 +390,16 @@ class _Trial:
             if not isinstance(leaf, Tensor) or path == self.stream.path:
                 continue
             for axis, size in enumerate(leaf.shape):
-                batched = axis > 0 and leaf.shape[0] in (1, self.batch)
-                ways = [TokenAxis(path, axis, start, batched) for start in lengths.get(size, [])]
+                # axis 0 may have the size of the batch by accident, so both are tried
+                batched = (
+                    (True, False)
+                    if axis > 0 and leaf.shape[0] in (1, self.batch)
+                    else (False,)
+                )
+                starts = lengths.get(size, [])
+                ways = [
+                    TokenAxis(path, axis, s, b) for s, b in itertools.product(starts, batched)
+                ]
                 if ways:
                     found.append(ways)
         return found
@@ -352,18 +410,25 @@ class _Trial:
         """The smallest set of token-aligned arguments that makes the block legal.
 
         Raises:
-            _Illegal: there is none.
+            _IllegalError: there is none.
         """
-        attempts = [first_try, ()]
-        combinations = itertools.product(*self.options())
-        attempts += [tuple(c) for c in itertools.islice(combinations, MAX_COMBINATIONS)]
+        options = self.options()
+        every = itertools.islice(itertools.product(*options), MAX_COMBINATIONS)
+        # An argument that has the size by accident must be left out, so smaller sets follow.
+        fewer = (
+            chosen
+            for size in range(1, len(options))
+            for subset in itertools.combinations(options, size)
+            for chosen in itertools.product(*subset)
+        )
+        attempts = [first_try, (), *every, *itertools.islice(fewer, MAX_COMBINATIONS)]
         failures = []
         for aligned in attempts:
             failure = self.failure(aligned)
             if failure is None:
                 return self._without_needless(aligned)
             failures.append(failure)
-        raise _Illegal(failures[-1])
+        raise _IllegalError(failures[-1])
 
     def _without_needless(
         self, aligned: tuple[TokenAxis, ...]
@@ -386,7 +451,7 @@ class _Trial:
                 f"allowed {MAX_PERMUTATION_ERROR:.0e}): it mixes tokens by their position"
             )
         kept = max(1, self.num_tokens // 2)
-        index = torch.randperm(self.num_tokens, generator=self.generator)[:kept].expand(self.batch, -1)
+        index = self._orders(aligned)[:, :kept]
         try:
             result: Tensor = get_leaf(self._run(self._cut(aligned, index)), self.output)
         except Exception as problem:  # noqa: BLE001
@@ -398,7 +463,7 @@ class _Trial:
 
     def permutation_error(self, aligned: tuple[TokenAxis, ...]) -> float:
         """Largest relative deviation from "permuted tokens in, permuted tokens out"."""
-        order = torch.randperm(self.num_tokens, generator=self.generator).expand(self.batch, -1)
+        order = self._orders(aligned)
         found = self._run(self._cut(aligned, order))
         expected = map_leaves(self.reference, lambda p, leaf: self._permuted(p, leaf, order))
         return max(
@@ -410,23 +475,26 @@ class _Trial:
             default=float("inf"),
         )
 
-    def takes_batched_tables(self, aligned: tuple[TokenAxis, ...]) -> bool:
-        """Whether tables without a batch axis may get one, so that each sample has its own index."""
-        tables = {leaf.path for leaf in aligned if not leaf.batched}
+    def per_sample(self, aligned: tuple[TokenAxis, ...]) -> tuple[TokenAxis, ...]:
+        """The same roles with an index of its own for each sample, if the block allows it.
 
-        def with_batch(path: Path, leaf: Any) -> Any:
-            return leaf.expand(self.batch, *leaf.shape) if path in tables else leaf
+        It does if it takes tables without a batch axis also with one.
+        """
+        own = tuple(dataclasses.replace(leaf, batched=True) for leaf in aligned)
+        return aligned if self.batch == 1 or self.failure(own) is not None else own
 
-        if self.batch == 1:
-            return False
-        try:
-            found = self._run(map_leaves(self.tree, with_batch))
-        except Exception:  # noqa: BLE001 - then it does not
-            return False
-        return all(
-            a.shape == b.shape and torch.equal(a, b)
-            for a, b in zip(_tensors(found), _tensors(self.reference), strict=True)
-        )
+    def _orders(self, aligned: tuple[TokenAxis, ...]) -> Tensor:
+        """Random orders of the tokens, (B, N): one per sample, or one for all if tables need it.
+
+        With one for all, a block that mixes samples (a temporal fold) would pass for legal, and
+        so would a table whose leading axis has the size of the batch by accident.
+        """
+        shared = any(not leaf.batched for leaf in aligned)
+        orders = [
+            torch.randperm(self.num_tokens, generator=self.generator)
+            for _ in range(1 if shared else self.batch)
+        ]
+        return torch.stack(orders).expand(self.batch, -1)
 
     def _permuted(self, path: Path, leaf: Any, order: Tensor) -> Any:
         if path != self.output:
@@ -448,14 +516,18 @@ class _Trial:
 
 
 def _double(module: nn.Module) -> nn.Module:
-    """A float64 copy whose all-zero parameters are random: a zero gate would hide the block."""
+    """A float64 copy without zero or constant parameters: a zero gate would hide the block."""
     block = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(2)
     for parameter in block.parameters():
-        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data += 0.2 * noise.to(parameter.device)
+        if parameter.is_floating_point() and parameter.numel() > 1:
+            hides = (parameter == 0) | (parameter == parameter.flatten()[0]).all()
+            parameter.data += hides * 0.2 * _noise(parameter, generator)
     return block
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
 def _short(error: BaseException) -> str:

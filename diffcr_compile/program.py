@@ -47,7 +47,9 @@ class DiTGraph(fx.GraphModule):
 
     def check_constants(self, found: tuple[Any, ...]) -> None:
         """Refuse a call whose non-tensor arguments differ from those of the capture."""
-        for (path, expected), value in zip(self.program.signature.constants, found, strict=True):
+        for (path, expected), value in zip(
+            self.program.signature.constants, found, strict=True
+        ):
             if not same_constant(value, expected):
                 where = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
                 raise UsageError(
@@ -67,6 +69,8 @@ class Program:
         example: example tensors by placeholder name; their sizes are the sizes of the program.
         blocks: the blocks that may be routed, in the order in which they run.
         refused: candidates that stay dense, and why.
+        sample_input: placeholder of the noisy sample; None if it could not be told.
+        timestep_input: placeholder of the timestep; None if it could not be told.
         gate: how a router's score enters the forward value.
         schedule: column of the token schedule, FROZEN only.
         bucket: index of the timestep bucket, FROZEN only.
@@ -80,6 +84,8 @@ class Program:
     example: Mapping[str, Tensor]
     blocks: tuple[BlockSpec, ...]
     refused: tuple[Refusal, ...] = ()
+    sample_input: str | None = None
+    timestep_input: str | None = None
     gate: Gate = "straight_through"
     schedule: TokenSchedule | None = None
     bucket: int | None = None

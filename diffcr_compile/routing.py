@@ -51,16 +51,16 @@ class Selection(NamedTuple):
     """What a selector hands to the gathers and the scatter of its block.
 
     Attributes:
-        index: (B, K) positions of the kept tokens, best first; None when all are kept.
+        positions: (B, K) of the kept tokens in the stream, best first; None when all are kept.
         gate: (B, K) weight of the residual minus 1; None when it is exactly 0.
-        low_index: the first K_low of `index`, for the `two_bin` estimator; None otherwise.
-        low_gate: the gate of `low_index`.
+        low_positions: the first K_low of `positions`, for the `two_bin` estimator; None otherwise.
+        low_gate: the gate of `low_positions`.
         blend: weight in [0, 1] of the larger bin, for `two_bin`.
     """
 
-    index: Tensor | None
+    positions: Tensor | None
     gate: Tensor | None
-    low_index: Tensor | None = None
+    low_positions: Tensor | None = None
     low_gate: Tensor | None = None
     blend: Tensor | None = None
 
@@ -100,11 +100,11 @@ class TokenSelector(nn.Module):
         self.blends_outputs = two_bin
 
     def forward(self, stream: Tensor) -> Selection:  # (B, L, C)
-        if self.kept_tokens == self.num_tokens and self.low_tokens is None:
-            if not self.training and self.gate == "straight_through":
-                return Selection(None, None)
+        keeps_all = self.kept_tokens == self.num_tokens and self.low_tokens is None
+        if keeps_all and not self.training and self.gate == "straight_through":
+            return Selection(None, None)
         logits = self.router(image_tokens(stream, self.start, self.num_tokens))  # (B, N)
-        if self.kept_tokens == self.num_tokens and self.low_tokens is None:
+        if keeps_all:
             return Selection(None, self._gate(logits))
         index = select_tokens(logits, self.kept_tokens, self.shares_index)  # (B, K)
         gate = self._gate(logits.gather(1, index))
@@ -113,7 +113,9 @@ class TokenSelector(nn.Module):
         if self.blends_outputs:
             low_gate = None if gate is None else gate[:, : self.low_tokens]
             return Selection(index, gate, index[:, : self.low_tokens], low_gate, self.blend)
-        boundary = torch.arange(self.kept_tokens, device=index.device) >= self.low_tokens  # (K,)
+        boundary = (
+            torch.arange(self.kept_tokens, device=index.device) >= self.low_tokens
+        )  # (K,)
         weight = torch.where(boundary, self.blend, 1.0)  # (K,)
         gate = weight.expand(index.shape) - 1 if gate is None else (1 + gate) * weight - 1
         return Selection(index, gate)
@@ -124,7 +126,9 @@ class TokenSelector(nn.Module):
         if not self.training:
             return None
         score = logits.sigmoid()
-        return score - score.detach()  # 0 in value, so that keep ratio 1.0 stays the dense model
+        return (
+            score - score.detach()
+        )  # 0 in value, so that keep ratio 1.0 stays the dense model
 
 
 def image_tokens(stream: Tensor, start: int, num_tokens: int) -> Tensor:
@@ -161,6 +165,8 @@ def gather_tokens(
     """
     if index is None:
         return tensor
+    if batched and axis == 0:  # no batch axis yet: every sample gets its own cut
+        tensor, axis = tensor[None], 1
     at = int(batched)
     moved = tensor.movedim(axis, at)  # (B, L, ...) or (L, ...)
     others = moved.shape[at] - num_tokens
@@ -196,6 +202,8 @@ def scatter_tokens(
         kept: (B, L - N + K, C), what the block was given.
         processed: what the block made of it.
         gate: (B, K) weight of the residual minus 1, None for a weight of exactly 1.
+        start: position of the first image token in the stream.
+        num_tokens: image tokens N of the stream.
     """
     other = stream.shape[1] - num_tokens
     if gate is not None:
@@ -207,7 +215,9 @@ def scatter_tokens(
     if other == 0:
         return stream.index_put((_rows(index), index), processed)
     end = start + index.shape[1]
-    image = stream[:, start : start + num_tokens].index_put((_rows(index), index), processed[:, start:end])
+    image = stream[:, start : start + num_tokens].index_put(
+        (_rows(index), index), processed[:, start:end]
+    )
     return torch.cat([processed[:, :start], image, processed[:, end:]], dim=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class TimestepBuckets:
 
     def ranges(self) -> list[list[float]]:
         """[low, high] of each bucket."""
-        return [[a, b] for a, b in zip(self.edges, self.edges[1:], strict=False)]
+        return [[a, b] for a, b in itertools.pairwise(self.edges)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,10 +180,12 @@ class TokenSchedule:
     def merged(self) -> TokenSchedule:
         """The same schedule with adjacent buckets of equal columns joined into one."""
         keep = [
-            i for i in range(len(self.buckets)) if i == 0 or self.column(i) != self.column(i - 1)
+            i
+            for i in range(len(self.buckets))
+            if i == 0 or self.column(i) != self.column(i - 1)
         ]
         starts = [*keep, len(self.buckets)]
-        spans = list(zip(starts, starts[1:], strict=False))
+        spans = list(itertools.pairwise(starts))
         edges = (*(self.buckets.edges[a] for a in keep), self.buckets.edges[-1])
         weights = tuple(sum(self.buckets.weights[a:b]) for a, b in spans)
         return dataclasses.replace(
@@ -229,7 +232,9 @@ def check_budget(costs: CostTable, budget: float) -> None:
         BudgetError: below the smallest reachable budget, which the error names.
     """
     if not 0 < budget <= 1:
-        raise UsageError(f"budget must be in (0, 1] of the dense MACs (0.6 or '60%'), got {budget}")
+        raise UsageError(
+            f"budget must be in (0, 1] of the dense MACs (0.6 or '60%'), got {budget}"
+        )
     smallest = costs.smallest_budget()
     if budget < smallest:
         raise BudgetError(
@@ -260,7 +265,9 @@ def solve_schedule(
     """
     check_budget(costs, budget)
     available = budget * costs.dense - costs.outer
-    cells = [(row, column) for row in range(len(ratios.blocks)) for column in range(len(buckets))]
+    cells = [
+        (row, column) for row in range(len(ratios.blocks)) for column in range(len(buckets))
+    ]
     choices = [_choices(ratios, costs, buckets, cell) for cell in cells]
     steps = COST_STEPS_PER_CELL * len(cells)
     picked = _least_penalty(choices, available, steps)
@@ -294,14 +301,25 @@ def _least_penalty(
     choices: Sequence[tuple[Floats, Floats]], available: float, steps: int
 ) -> list[int]:
     """Pick one level per cell: least penalty with cost in ((1 - UNUSED_SHARE) * available, available]."""
+    cheapest = sum(float(macs.min()) for macs, _ in choices)
+    dense = sum(float(macs[-1]) for macs, _ in choices)
+    # At both ends there is nothing to choose, and rounding the costs up would spoil the answer.
+    if dense <= available * (1 + 1e-12):
+        return [len(macs) - 1 for macs, _ in choices]
+    if available - cheapest <= 1e-9 * dense:
+        return [int(np.argmin(macs)) for macs, _ in choices]
     unit = available / steps
-    best = np.full(steps + 1, np.inf)  # best[c]: least penalty of the cells so far at cost exactly c
+    best = np.full(
+        steps + 1, np.inf
+    )  # best[c]: least penalty of the cells so far at cost exactly c
     best[0] = 0.0
     taken = []
     for macs, penalty in choices:
         after = np.full(steps + 1, np.inf)
         choice = np.zeros(steps + 1, dtype=np.int16)
-        for level, (cost, loss) in enumerate(zip(np.ceil(macs / unit - 1e-9), penalty, strict=True)):
+        for level, (cost, loss) in enumerate(
+            zip(np.ceil(macs / unit - 1e-9), penalty, strict=True)
+        ):
             shift = int(cost)
             if shift > steps:
                 continue
@@ -323,7 +341,9 @@ def _walk_back(
 ) -> list[int]:
     full = int(steps * (1 - UNUSED_SHARE))
     reachable = np.flatnonzero(np.isfinite(best))
-    if len(reachable) == 0:  # rounding up each cell left nothing: every cell at its cheapest fits
+    if (
+        len(reachable) == 0
+    ):  # rounding up each cell left nothing: every cell at its cheapest fits
         return [int(np.argmin(macs)) for macs, _ in choices]
     well_used = reachable[reachable >= full]
     at = int(well_used[np.argmin(best[well_used])]) if len(well_used) else int(reachable[-1])

@@ -19,7 +19,10 @@ from torch.utils import _pytree as pytree
 from diffcr_compile.blocks import Path, get_leaf, leaves
 from diffcr_compile.errors import UsageError
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_STARS: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,9 @@ class CallSignature:
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """The graph's inputs by placeholder name, taken out of a call."""
         bound = self.bind(args, kwargs)
         return {name: get_leaf(bound, path) for name, path in self.inputs.items()}
@@ -85,11 +90,11 @@ class CallCodeGen(_PyTreeCodeGen):
         super().__init__(_PyTreeInfo(names, signature.out_spec, signature.out_spec))
         self.signature = signature
 
-    def gen_fn_def(
-        self, free_vars: list[str], maybe_return_annotation: str, **_: Any
-    ) -> str:
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         lines = [f"def {self._func_name}({self._parameters()}){maybe_return_annotation}:"]
-        names = [variable.split(":")[0].strip() for variable in free_vars if variable != "self"]
+        names = [
+            variable.split(":")[0].strip() for variable in free_vars if variable != "self"
+        ]
         for name, path in zip(names, self.signature.inputs.values(), strict=True):
             if (name,) != path:
                 lines.append(f"    {name} = {_access(path)}")
@@ -107,10 +112,15 @@ class CallCodeGen(_PyTreeCodeGen):
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
                 text.append("*")
             keyword_only |= parameter.kind in (
-                inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL
+                inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.VAR_POSITIONAL,
             )
-            stars = {_VARIADIC[0]: "*", _VARIADIC[1]: "**"}.get(parameter.kind, "")
-            default = "" if parameter.default is parameter.empty else f"={_literal(parameter.default)}"
+            stars = _STARS.get(parameter.kind, "")
+            default = (
+                ""
+                if parameter.default is parameter.empty
+                else f"={_literal(parameter.default)}"
+            )
             text.append(stars + parameter.name + default)
         return ", ".join(text)
 

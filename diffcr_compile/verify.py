@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffcr_compile import routing
 from diffcr_compile.errors import VerificationError
-from diffcr_compile.program import Program, Stage, tensor_args
+from diffcr_compile.program import Program, Stage, router_name, tensor_args
 from diffcr_compile.routing import TokenSelector
 
 
@@ -70,26 +70,56 @@ def check_blocks(program: Program) -> None:
         # BlendTwoBins calls each block at two bins while ratios are learned.
         most = 2 if program.stage == Stage.ROUTED else 1
         if calls > most or (calls == 0 and program.stage != Stage.FROZEN):
-            raise VerificationError(f"{spec.name} is called {calls} times in a {program.stage.name} graph")
+            raise VerificationError(
+                f"{spec.name} is called {calls} times in a {program.stage.name} graph"
+            )
 
 
 def check_scatters(program: Program, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A routed block returns a stream of the shape it was given."""
+    """A routed block returns a stream of the shape it was given, and as many rows as it was given.
+
+    The rows are counted here because fake tensors let index_put take values of any length.
+    """
     for node in program.graph.find_nodes(op="call_function", target=routing.scatter_tokens):
-        stream = node.args[0]
-        if isinstance(stream, fx.Node) and shapes[node.name] != shapes[stream.name]:
+        stream, index, kept, processed = (_shape(shapes, arg) for arg in node.args[:4])
+        if shapes[node.name] != stream:
             raise VerificationError(
-                f"{node.name} has shape {shapes[node.name]}, its stream has {shapes[stream.name]}"
+                f"{node.name} has shape {shapes[node.name]}, its stream has {stream}"
             )
+        rows = stream[1] - int(node.args[6]) + index[1] if index else stream[1]
+        expected = (stream[0], rows, stream[2])
+        if not kept == processed == expected:
+            raise VerificationError(
+                f"{node.name} puts back {processed} for kept tokens {kept}, expected {expected}"
+            )
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], argument: Any) -> tuple[int, ...]:
+    """Shape of a node's tensor; () for None, which an index is while all tokens are kept."""
+    return shapes.get(argument.name, ()) if isinstance(argument, fx.Node) else ()
 
 
 def check_static(program: Program) -> None:
     """Every K is an integer in the graph and the one that the schedule says."""
     if program.schedule is None or program.bucket is None:
         raise VerificationError("a FROZEN program needs its schedule and its bucket")
+    column = program.schedule.column(program.bucket)
+    wanted = {
+        router_name(spec.name): column[spec.name]
+        for spec in program.blocks
+        if column[spec.name]
+    }
     for node in program.graph.find_nodes(op="call_function", target=routing.select_tokens):
-        if not isinstance(node.args[1], int):
-            raise VerificationError(f"{node.name}: K is {node.args[1]!r}, expected an int")
+        logits, kept = node.args[:2]
+        if not isinstance(kept, int):
+            raise VerificationError(f"{node.name}: K is {kept!r}, expected an int")
+        expected = wanted.get(str(logits.target)) if isinstance(logits, fx.Node) else None
+        if kept != expected:
+            raise VerificationError(
+                f"{node.name}: K is {kept}, the schedule says {expected or 'no such block'}"
+            )
     left = [n for n, m in program.module.named_modules() if isinstance(m, TokenSelector)]
     if left:
-        raise VerificationError(f"a FROZEN graph still has selectors whose K may change: {left}")
+        raise VerificationError(
+            f"a FROZEN graph still has selectors whose K may change: {left}"
+        )

@@ -1,1 +1,11 @@
-"""Export of FROZEN programs and parity checks; import as `diffcr_compile.export`."""
+"""FROZEN programs -> ONNX graphs over one weights file, golden outputs, parity, manifest.
+
+Import it as ``diffcr_compile.export``. One room per step:
+
+* ``lower``       rewrites that ONNX needs, whatever the model
+* ``onnx_model``  program -> ``onnx.ModelProto``, opset 20, standard ops, static shapes
+* ``weights``     one ``weights.bin`` under all graphs, each content once
+* ``golden``      inputs and outputs per timestep bucket
+* ``parity``      two executions, in numbers
+* ``artifact``    all of it, into a folder with a manifest
+"""

@@ -39,7 +39,9 @@ class BlendTwoBins(Pass):
 
     def requires(self, program: Program) -> None:
         if program.stage != Stage.ROUTED:
-            raise PreconditionError(f"{self.name} needs a ROUTED program, got {program.stage.name}")
+            raise PreconditionError(
+                f"{self.name} needs a ROUTED program, got {program.stage.name}"
+            )
 
     def run(self, program: Program) -> PassResult:
         if not program.blocks:
@@ -57,7 +59,7 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
     scatter = next(u for u in image.users if u.target is routing.scatter_tokens)
     selection = next(iter(graph.find_nodes(op="call_module", target=selector_name(spec.name))))
     outputs = [user for user in block.users if user.target is operator.getitem]
-    with graph.inserting_before(max(outputs + [scatter]).next):
+    with graph.inserting_before(max([*outputs, scatter]).next):
         low_index, low_gate, blend = (
             graph.call_function(operator.getitem, (selection, field)) for field in (2, 3, 4)
         )
@@ -72,7 +74,14 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
             low_image = graph.call_function(operator.getitem, (low_image, key))
         low = graph.call_function(
             routing.scatter_tokens,
-            (scatter.args[0], low_index, kept[spec.stream.path], low_image, low_gate, *scatter.args[5:]),
+            (
+                scatter.args[0],
+                low_index,
+                kept[spec.stream.path],
+                low_image,
+                low_gate,
+                *scatter.args[5:],
+            ),
         )
         _blend(graph, low, scatter, blend)
         for other in outputs:  # text streams and the like

@@ -24,6 +24,8 @@ class FreezeKeptTokens(Pass):
 
     Before:  ``index, gate = selector(x)``               K is an attribute of the selector
     After:   ``index = select_tokens(router(x), 128)``   K is an int in the graph
+             ``out = x``                                 K = 0: the block is gone, since many
+                                                         blocks cannot run on no tokens at all
 
     Args:
         schedule: kept tokens per block and timestep bucket; must name every routed block.
@@ -48,6 +50,11 @@ class FreezeKeptTokens(Pass):
         missing = sorted({b.name for b in program.blocks} - set(column))
         if missing:
             raise PreconditionError(f"{self.name}: schedule has no entry for {missing}")
+        unknown = sorted(set(column) - {b.name for b in program.blocks})
+        if unknown:
+            raise PreconditionError(
+                f"{self.name}: schedule names {unknown}, which are not routed"
+            )
         for spec in program.blocks:
             kept = column[spec.name]
             if not 0 <= kept <= spec.num_tokens:
@@ -67,6 +74,9 @@ class FreezeKeptTokens(Pass):
         for spec in program.blocks:
             target = selector_name(spec.name)
             selection = next(iter(graph.find_nodes(op="call_module", target=target)))
+            if column[spec.name] == 0:
+                _skip_block(selection)
+                continue
             routers[router_name(spec.name)] = program.module.get_submodule(f"{target}.router")
             _freeze(graph, selection, spec, column[spec.name], program.gate)
         erase_unused(graph)
@@ -76,14 +86,26 @@ class FreezeKeptTokens(Pass):
         return PassResult(frozen, len(program.blocks))
 
     def ensures(self, program: Program) -> None:
-        want = [k for k in self.schedule.column(self.bucket).values()]
+        want = [kept for kept in self.schedule.column(self.bucket).values() if kept]
         nodes = program.graph.find_nodes(op="call_function", target=routing.select_tokens)
         got = [node.args[1] for node in nodes]
-        if sorted(map(int, got)) != sorted(want):  # type: ignore[arg-type]
-            raise PostconditionError(f"{self.name}: the graph keeps {got}, the schedule says {want}")
+        if sorted(map(int, got)) != sorted(want):
+            raise PostconditionError(
+                f"{self.name}: the graph keeps {got}, the schedule says {want}"
+            )
 
 
-def _freeze(graph: fx.Graph, selection: fx.Node, spec: BlockSpec, kept: int, gate: Gate) -> None:
+def _skip_block(selection: fx.Node) -> None:
+    users = [user for field in selection.users for user in field.users]
+    scatter = next(user for user in users if user.target is routing.scatter_tokens)
+    stream = scatter.args[0]
+    assert isinstance(stream, fx.Node)
+    scatter.replace_all_uses_with(stream)
+
+
+def _freeze(
+    graph: fx.Graph, selection: fx.Node, spec: BlockSpec, kept: int, gate: Gate
+) -> None:
     name = spec.name.replace(".", "_")
     stream = selection.args[0]
     with graph.inserting_before(selection):
@@ -99,7 +121,11 @@ def _freeze(graph: fx.Graph, selection: fx.Node, spec: BlockSpec, kept: int, gat
             (logits, kept, spec.shares_index),
             name=f"{name}_index",
         )
-        paper = graph.call_function(routing.paper_gate, (logits, index)) if gate == "paper" else None
+        paper = (
+            graph.call_function(routing.paper_gate, (logits, index))
+            if gate == "paper"
+            else None
+        )
     for user in list(selection.users):
         if user.target is operator.getitem and user.args[1] == 0:
             user.replace_all_uses_with(index)

@@ -23,7 +23,7 @@ ROUTING_OPS = (
 
 def block_node(graph: fx.Graph, name: str) -> fx.Node:
     """The one call of a block."""
-    nodes = list(graph.find_nodes(op="call_module", target=name))
+    nodes: list[fx.Node] = list(graph.find_nodes(op="call_module", target=name))
     if len(nodes) != 1:
         raise PassError(f"{name} is called {len(nodes)} times in the graph, expected once")
     return nodes[0]
@@ -33,7 +33,9 @@ def output_node(block: fx.Node, path: Path) -> fx.Node | None:
     """The node of the image stream in a block's output; None if nobody uses it."""
     node: fx.Node | None = block
     for key in path:
-        node = next((u for u in node.users if _reads(u, key)), None) if node is not None else None
+        node = (
+            next((u for u in node.users if _reads(u, key)), None) if node is not None else None
+        )
     return node
 
 
@@ -60,9 +62,16 @@ def gather_arguments(
     kept: dict[Path, fx.Node] = {}
     for number, leaf in enumerate((spec.stream, *spec.aligned)):
         source = kept.get(leaf.path, argument(block, leaf.path))
-        name = f"{block.name}_kept{suffix}" if number == 0 else f"{block.name}_kept{suffix}_aligned_{number}"
+        name = (
+            f"{block.name}_kept{suffix}"
+            if number == 0
+            else f"{block.name}_kept{suffix}_aligned_{number}"
+        )
         kept[leaf.path] = graph.create_node(
-            "call_function", routing.gather_tokens, gather_args(source, index, leaf, spec), name=name
+            "call_function",
+            routing.gather_tokens,
+            gather_args(source, index, leaf, spec),
+            name=name,
         )
     return kept
 

@@ -47,7 +47,9 @@ class InsertTokenRouters(Pass):
 
     def requires(self, program: Program) -> None:
         if program.stage != Stage.CAPTURED:
-            raise PreconditionError(f"{self.name} needs a CAPTURED program, got {program.stage.name}")
+            raise PreconditionError(
+                f"{self.name} needs a CAPTURED program, got {program.stage.name}"
+            )
 
     def run(self, program: Program) -> PassResult:
         if not program.blocks:
@@ -74,7 +76,9 @@ class InsertTokenRouters(Pass):
             raise PostconditionError(f"{self.name}: no router was inserted for {missing}")
 
     def _selector(self, spec: BlockSpec, number: int) -> TokenSelector:
-        router: nn.Module = RandomRouter() if self.router == "random" else TokenRouter(spec.width)
+        router: nn.Module = (
+            RandomRouter() if self.router == "random" else TokenRouter(spec.width)
+        )
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         for parameter in router.parameters():
             std = spec.width**-0.5
@@ -107,9 +111,15 @@ def _route(graph: fx.Graph, block: fx.Node, image: fx.Node, spec: BlockSpec) -> 
         scatter = graph.create_node(
             "call_function",
             routing.scatter_tokens,
-            (stream, index, kept[spec.stream.path], image, gate, spec.stream.start, spec.num_tokens),
+            (
+                stream,
+                index,
+                kept[spec.stream.path],
+                image,
+                gate,
+                spec.stream.start,
+                spec.num_tokens,
+            ),
             name=f"{name}_scatter",
         )
     replace_uses(image, scatter, keep=lambda user: user is scatter)
-
-

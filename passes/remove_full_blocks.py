@@ -1,4 +1,4 @@
-"""Drop the routing of blocks that keep every token, and drop blocks that keep none."""
+"""Drop the routing of blocks that keep every token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class RemoveFullBlocks(Pass):
 
     Before:  ``index = select_tokens(router(x), N)``, gather, ``y = block(...)``, scatter
     After:   ``y = block(x, ...)``      K = N: no router, no gather, no scatter
-             ``y = x``                  K = 0: no block either
 
     With the ``paper`` gate a full block keeps its router, because the gate changes its value.
     """
@@ -29,7 +28,9 @@ class RemoveFullBlocks(Pass):
 
     def requires(self, program: Program) -> None:
         if program.stage != Stage.FROZEN:
-            raise PreconditionError(f"{self.name} needs a FROZEN program, got {program.stage.name}")
+            raise PreconditionError(
+                f"{self.name} needs a FROZEN program, got {program.stage.name}"
+            )
 
     def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
@@ -37,11 +38,9 @@ class RemoveFullBlocks(Pass):
         edits = 0
         for index in list(graph.find_nodes(op="call_function", target=routing.select_tokens)):
             kept, present = index.args[1], num_tokens[_router(index)]
-            if kept == 0:
-                _skip_block(index)
-            elif kept == present:
+            if kept == present:
                 _keep_all(index)
-            edits += kept in (0, present)
+                edits += 1
         if edits == 0:
             return PassResult(program, 0)
         erase_unused(graph)
@@ -50,8 +49,10 @@ class RemoveFullBlocks(Pass):
     def ensures(self, program: Program) -> None:
         num_tokens = {router_name(spec.name): spec.num_tokens for spec in program.blocks}
         for node in program.graph.find_nodes(op="call_function", target=routing.select_tokens):
-            if node.args[1] in (0, num_tokens[_router(node)]):
-                raise PostconditionError(f"{self.name}: {node.name} still selects {node.args[1]} tokens")
+            if node.args[1] == num_tokens[_router(node)]:
+                raise PostconditionError(
+                    f"{self.name}: {node.name} still selects {node.args[1]} tokens"
+                )
 
 
 def _router(index: fx.Node) -> str:
@@ -59,13 +60,6 @@ def _router(index: fx.Node) -> str:
     logits = index.args[0]
     assert isinstance(logits, fx.Node)
     return str(logits.target)
-
-
-def _skip_block(index: fx.Node) -> None:
-    scatter = next(u for u in index.users if u.target is routing.scatter_tokens)
-    stream = scatter.args[0]
-    assert isinstance(stream, fx.Node)
-    scatter.replace_all_uses_with(stream)
 
 
 def _keep_all(index: fx.Node) -> None:

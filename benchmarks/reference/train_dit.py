@@ -30,7 +30,9 @@ from diffcr_compile.reference.model import NULL_LABEL, REFERENCE_CONFIG, new_ref
 LABEL_DROP = 0.1
 EMA_DECAY = 0.999
 WARMUP_STEPS = 150
-DECAY_FROM = 0.6  # share of a stage's steps after which its learning rate falls linearly to zero
+DECAY_FROM = (
+    0.6  # share of a stage's steps after which its learning rate falls linearly to zero
+)
 
 
 def initialise_adaln_zero(model: nn.Module) -> None:
@@ -43,7 +45,9 @@ def initialise_adaln_zero(model: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
     noise = torch.randn(images.shape, generator=generator)
     time_ = torch.randn(len(images), generator=generator).sigmoid()
     mixed = (1 - time_[:, None, None, None]) * images + time_[:, None, None, None] * noise
@@ -65,7 +69,8 @@ def held_out_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     matrices = [
-        p for n, p in model.named_parameters()
+        p
+        for n, p in model.named_parameters()
         if p.ndim == 2 and n.startswith("transformer_blocks") and "embed" not in n
     ]
     chosen = {id(p) for p in matrices}
@@ -166,9 +171,14 @@ def main() -> None:
             done = step + 1
             if done % args.save_every == 0 or done == steps:
                 record = {
-                    "stage": stage, "image_size": size, "step": done, "train_loss": loss.item(),
+                    "stage": stage,
+                    "image_size": size,
+                    "step": done,
+                    "train_loss": loss.item(),
                     "held_out_loss_ema": held_out_loss(ema, small_test, test_labels),
-                    "images_per_second": args.batch * args.save_every / (time.time() - started),
+                    "images_per_second": args.batch
+                    * args.save_every
+                    / (time.time() - started),
                 }
                 started = time.time()
                 with log_file.open("a") as log:
@@ -177,8 +187,11 @@ def main() -> None:
                 temporary = state_file.with_suffix(".tmp")
                 torch.save(
                     {
-                        "stage": stage, "step": done, "model": model.state_dict(),
-                        "ema": ema.state_dict(), "generator": generator.get_state(),
+                        "stage": stage,
+                        "step": done,
+                        "model": model.state_dict(),
+                        "ema": ema.state_dict(),
+                        "generator": generator.get_state(),
                         "optimizers": [o.state_dict() for o in optimizers],
                     },
                     temporary,
@@ -187,7 +200,11 @@ def main() -> None:
         model = ema
 
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file(half, args.out / "dit.safetensors", metadata={"seed": str(args.seed), "stages": args.stages})
+    save_file(
+        half,
+        args.out / "dit.safetensors",
+        metadata={"seed": str(args.seed), "stages": args.stages},
+    )
 
 
 if __name__ == "__main__":

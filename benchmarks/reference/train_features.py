@@ -44,7 +44,7 @@ WEIGHT_DECAY = 0.01
 LARGEST_SHIFT = 2  # pixels; the zero padding is as wide, so a roll moves background only
 REAL_PER_CLASS = 250
 FLOOR_SAMPLES = (250, 500, 1000, 2500)
-FLOOR_DRAWS = 8
+FLOOR_DRAWS = 40
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> FeatureNet:
@@ -174,6 +174,8 @@ def write_assets(
         "cov": cov.float(),
     }
     save_file(tensors, folder / REAL_FILE, metadata=statistics)
+    for name in (NET_FILE, REAL_FILE):
+        (folder / name).chmod(0o644)  # safetensors writes 0600, and these are installed
     return statistics
 
 

@@ -227,37 +227,38 @@ def quality_report(
             "images; expected as many. Sample both from the same noise and labels."
         )
     labels = _checked_labels(labels, len(dense_images))
-    dense, compressed = _score(dense_images, labels), _score(compressed_images, labels)
     psnr = psnr_db(dense_images, compressed_images)
-    floor = load_real_statistics().floor(len(labels))
     return {
         "metric": METRIC,
         "num_samples": len(labels),
+        **_compared(_score(dense_images, labels), _score(compressed_images, labels)),
+        "psnr_to_dense_db": psnr if math.isfinite(psnr) else None,
+        "conditions": _conditions(labels),
+    }
+
+
+def _compared(dense: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any]:
+    """Both scores side by side, with what as many real images get."""
+    floor = load_real_statistics().floor(dense["num_samples"])
+    both = {"dense": dense, "compressed": compressed}
+    return {
         "dense": dense["kid_x1000"],
         "compressed": compressed["kid_x1000"],
         "floor": floor["kid_x1000"],
         "floor_spread": floor["kid_x1000_spread"],
-        "frechet": {
-            "dense": dense["frechet"],
-            "compressed": compressed["frechet"],
-            "floor": floor["frechet"],
-        },
-        "psnr_to_dense_db": psnr if math.isfinite(psnr) else None,
-        "class_accuracy": {
-            "dense": dense["class_accuracy"],
-            "compressed": compressed["class_accuracy"],
-        },
-        "conditions": _conditions(labels, floor),
+        "frechet": {name: found["frechet"] for name, found in both.items()}
+        | {"floor": floor["frechet"]},
+        "class_accuracy": {name: found["class_accuracy"] for name, found in both.items()},
     }
 
 
-def _conditions(labels: Tensor, floor: dict[str, float]) -> dict[str, Any]:
+def _conditions(labels: Tensor) -> dict[str, Any]:
     real = load_real_statistics()
     per_class = labels.bincount(minlength=NUM_CLASSES)
     return {
         "real_images_kid": len(real.features),
         "real_images_frechet": int(real.info["test_images"]),
-        "floor_num_samples": int(floor["num_samples"]),
+        "floor_num_samples": int(real.floor(len(labels))["num_samples"]),
         "kid_estimate": "per class" if _drawn_per_class(labels) else "plain",
         "smallest_and_largest_class": [int(per_class.min()), int(per_class.max())],
         "class_accuracy_of_real_images": float(real.info["test_accuracy"]),

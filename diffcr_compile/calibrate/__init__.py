@@ -1,0 +1,1 @@
+"""Learn routers and keep ratios: teacher states, ratios under a budget, one training loop."""

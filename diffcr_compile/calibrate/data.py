@@ -1,0 +1,247 @@
+"""Training data: inputs of the model and what the dense model answers.
+
+The default source are teacher rollouts: run the dense sampler, keep every state. No training set is
+needed, and the states are the ones that inference will meet. Rollouts are cached in shards, so an
+interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffcr_compile.calibrate.samplers import Sampler, timestep_like
+from diffcr_compile.config import RolloutConfig
+from diffcr_compile.errors import UsageError
+from diffcr_compile.program import Program, run_flat
+from diffcr_compile.schedule import TimestepBuckets
+
+Conditions = Callable[[torch.Generator, int], Mapping[str, Tensor]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStates:
+    """Inputs with the dense model's first output.
+
+    Attributes:
+        inputs: placeholder name -> (M, ...); inputs without a batch axis stand as they are.
+        target: (M, ...) output of the dense model.
+        timesteps: (M,) value of the timestep input of each state.
+    """
+
+    inputs: Mapping[str, Tensor]
+    target: Tensor
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def take(
+        self, chosen: Tensor, batched: frozenset[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and targets of the chosen states."""
+        rows = {
+            name: tensor[chosen] if name in batched else tensor
+            for name, tensor in self.inputs.items()
+        }
+        return rows, self.target[chosen]
+
+    def by_bucket(self, buckets: TimestepBuckets) -> list[Tensor]:
+        """Indices of the states of each bucket.
+
+        Raises:
+            UsageError: a bucket has no state.
+        """
+        of = torch.tensor([buckets.index_of(float(t)) for t in self.timesteps])
+        found = [torch.nonzero(of == index).flatten() for index in range(len(buckets))]
+        empty = [buckets.ranges()[i] for i, states in enumerate(found) if len(states) == 0]
+        if empty:
+            raise UsageError(
+                f"no training state has a timestep in {empty}; the data's timesteps run from "
+                f"{self.timesteps.min():g} to {self.timesteps.max():g}. Give data that covers "
+                "every timestep bucket, or set routing.timestep_low and timestep_high."
+            )
+        return found
+
+
+def batched_inputs(program: Program) -> frozenset[str]:
+    """Names of the inputs that have the batch on axis 0."""
+    batch = program.batch
+    return frozenset(
+        name for name, t in program.example.items() if t.ndim > 0 and t.shape[0] == batch
+    )
+
+
+def example_conditions(program: Program) -> Conditions:
+    """Everything but sample and timestep as in the example, rows drawn at random."""
+    batched = batched_inputs(program)
+
+    def draw(generator: torch.Generator, count: int) -> dict[str, Tensor]:
+        rows = torch.randint(program.batch, (count,), generator=generator)
+        return {
+            name: tensor[rows] if name in batched else tensor
+            for name, tensor in program.example.items()
+            if name not in (program.sample_input, program.timestep_input)
+        }
+
+    return draw
+
+
+@torch.no_grad()
+def roll_out(
+    program: Program,
+    sampler: Sampler,
+    config: RolloutConfig,
+    conditions: Conditions,
+    seed: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> TeacherStates:
+    """Sample with the dense model and keep every state.
+
+    Args:
+        program: CAPTURED, or ROUTED with all tokens kept (the same thing).
+        sampler: where the timesteps and the steps between them come from.
+        config: how many trajectories, in which batches.
+        conditions: draws the other inputs of a batch.
+        seed: of noise and conditions.
+        folder: where finished shards are kept; None keeps them in memory only.
+        progress: called with ("rollouts", done, all).
+    """
+    if program.sample_input is None or program.timestep_input is None:
+        raise UsageError(
+            "teacher rollouts need to know which input is the noisy sample and which the timestep; "
+            f"the inputs are {sorted(program.example)}. Pass data= with your own inputs instead."
+        )
+    shards = []
+    count = -(-config.trajectories // config.batch)
+    for shard in range(count):
+        path = folder / f"rollouts_{shard:04d}.safetensors" if folder else None
+        if path is not None and path.exists():
+            shards.append(load_file(path))
+        else:
+            size = min(config.batch, config.trajectories - shard * config.batch)
+            generator = torch.Generator().manual_seed(seed * 100_003 + shard)
+            shards.append(_one_shard(program, sampler, conditions, generator, size))
+            if path is not None:
+                _save_atomic(shards[-1], path)
+        if progress:
+            progress("rollouts", shard + 1, count)
+    return _join(program, shards)
+
+
+def _one_shard(
+    program: Program,
+    sampler: Sampler,
+    conditions: Conditions,
+    generator: torch.Generator,
+    size: int,
+) -> dict[str, Tensor]:
+    sample, timestep = program.sample_input, program.timestep_input
+    assert sample is not None
+    assert timestep is not None
+    shape = (size, *program.example[sample].shape[1:])
+    state = sampler.start(
+        torch.randn(shape, generator=generator).to(program.example[sample].dtype)
+    )
+    others = dict(conditions(generator, size))
+    inputs, targets, times = [], [], []
+    for index, value in enumerate(sampler.timesteps):
+        now = timestep_like(program.example[timestep], value, size)
+        output = run_flat(program, {**others, sample: state, timestep: now})[0]
+        inputs.append(state)
+        targets.append(output)
+        times.append(torch.full((size,), value))
+        state = sampler.step(output, index, state)
+    steps = len(times)
+    batched = batched_inputs(program)
+    repeated = {
+        name: t.repeat(steps, *(1,) * (t.ndim - 1)) if name in batched else t
+        for name, t in others.items()
+    }
+    return {
+        **{f"input.{name}": t.contiguous() for name, t in repeated.items()},
+        f"input.{sample}": torch.cat(inputs),
+        "target": torch.cat(targets),
+        "timesteps": torch.cat(times),
+    }
+
+
+def _join(program: Program, shards: list[dict[str, Tensor]]) -> TeacherStates:
+    batched = batched_inputs(program)
+    names = [key.removeprefix("input.") for key in shards[0] if key.startswith("input.")]
+    inputs = {
+        name: torch.cat([s[f"input.{name}"] for s in shards])
+        if name in batched
+        else shards[0][f"input.{name}"]
+        for name in names
+    }
+    timesteps = torch.cat([s["timesteps"] for s in shards])
+    timestep = program.timestep_input
+    assert timestep is not None
+    example = program.example[timestep]
+    inputs[timestep] = timesteps.to(example.dtype).reshape(-1, *(1,) * (example.ndim - 1))
+    return TeacherStates(inputs, torch.cat([s["target"] for s in shards]), timesteps)
+
+
+@torch.no_grad()
+def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> TeacherStates:
+    """The user's own inputs, answered by the dense model.
+
+    Args:
+        program: CAPTURED, or ROUTED with all tokens kept.
+        batches: dicts of tensors by input name, each with the batch on axis 0.
+
+    Raises:
+        UsageError: no data, an input is missing, or a shape does not fit.
+    """
+    if program.timestep_input is None:
+        raise UsageError(
+            f"none of the inputs {sorted(program.example)} is known to be the timestep; name it timestep"
+        )
+    collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
+    targets = []
+    for number, batch in enumerate(batches):
+        tensors = {name: batch[name] for name in program.example if name in batch}
+        _check_batch(program, tensors, number)
+        targets.append(run_flat(program, tensors)[0])
+        for name, tensor in tensors.items():
+            collected[name].append(tensor)
+    if not targets:
+        raise UsageError(
+            "the calibration data is empty; give at least one batch per timestep bucket"
+        )
+    batched = batched_inputs(program)
+    inputs = {n: torch.cat(t) if n in batched else t[0] for n, t in collected.items()}
+    timesteps = inputs[program.timestep_input].float().flatten()
+    return TeacherStates(inputs, torch.cat(targets), timesteps)
+
+
+def _check_batch(program: Program, tensors: Mapping[str, Tensor], number: int) -> None:
+    missing = sorted(set(program.example) - set(tensors))
+    if missing:
+        raise UsageError(f"calibration batch {number} lacks the inputs {missing}")
+    batched = batched_inputs(program)
+    for name, tensor in tensors.items():
+        want = program.example[name].shape
+        skip = 1 if name in batched else 0
+        if tensor.ndim != len(want) or tensor.shape[skip:] != want[skip:]:
+            raise UsageError(
+                f"calibration batch {number}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{('batch', *want[1:]) if skip else tuple(want)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UsageError(f"calibration batch {number}: {name} holds NaN or infinity")
+
+
+def _save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
+    temporary = path.with_suffix(".partial")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)

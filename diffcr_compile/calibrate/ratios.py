@@ -1,0 +1,137 @@
+"""Learn keep ratios under an exact budget.
+
+The ratios are a plain array that is *projected* after every step: all of them are shifted by one
+amount so that the schedule costs exactly the current budget, and each stays in its range. No
+ratio can leave its range and get stuck there (a clamp inside the loss has gradient zero outside),
+and there is no budget weight to tune: the gradients only decide who gets what share.
+
+Gradient of a ratio (``boundary``): the tokens ranked between the two bins around the ratio are
+processed too, and their residual is weighted by how far the ratio has come from the lower to the
+upper bin. The derivative by that weight says what one more bin of tokens is worth in that block.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffcr_compile.program import Program, selector_name
+from diffcr_compile.routing import TokenSelector
+from diffcr_compile.schedule import (
+    CostTable,
+    Floats,
+    KeepRatios,
+    TimestepBuckets,
+    TokenSchedule,
+)
+
+MOMENTUM = 0.9
+_BISECTIONS = 60
+
+
+class RatioLearner:
+    """Keep ratios of all blocks and timestep buckets, and the way into the program's selectors.
+
+    Attributes:
+        values: (blocks, buckets) keep ratios, each in [smallest level / N, 1].
+        momentum: (blocks, buckets) running mean of the gradients.
+    """
+
+    def __init__(
+        self, program: Program, costs: CostTable, buckets: TimestepBuckets, *, two_bin: bool
+    ) -> None:
+        self.names = tuple(spec.name for spec in program.blocks)
+        self.costs, self.buckets, self.two_bin = costs, buckets, two_bin
+        self.values: Floats = np.ones((len(self.names), len(buckets)))
+        self.momentum: Floats = np.zeros_like(self.values)
+        self.lowest = np.array([costs.levels[n][0] / costs.levels[n][-1] for n in self.names])
+        self._selectors = [_selector(program, name) for name in self.names]
+        self._blends: list[Tensor | None] = [None] * len(self.names)
+
+    def cost(self, values: Floats | None = None) -> float:
+        """Share of the dense MACs, averaged over the sampling steps, linear between levels."""
+        values = self.values if values is None else values
+        total = self.costs.outer
+        for row, name in enumerate(self.names):
+            levels = np.array(self.costs.levels[name]) / self.costs.levels[name][-1]
+            macs = np.interp(values[row], levels, np.array(self.costs.macs[name]))
+            total += float(macs @ np.array(self.buckets.weights))
+        return total / self.costs.dense
+
+    def project(self, budget: float) -> None:
+        """Shift all ratios by one amount, within their ranges, so that they cost `budget`."""
+        low, high = -1.0, 1.0  # how far to shift down
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if self.cost(self._shifted(middle)) > budget:
+                low = middle
+            else:
+                high = middle
+        self.values = self._shifted(high)
+
+    def _shifted(self, amount: float) -> Floats:
+        return np.clip(self.values - amount, self.lowest[:, None], 1.0)
+
+    def attach(self, bucket: int) -> None:
+        """Let every selector keep the tokens of one bucket's column, ready for a gradient."""
+        for row, (name, selector) in enumerate(zip(self.names, self._selectors, strict=True)):
+            levels = self.costs.levels[name]
+            if len(levels) == 1:
+                selector.keep(levels[-1])
+                continue
+            tokens = self.values[row, bucket] * levels[-1]
+            upper = min(max(bisect.bisect_left(levels, tokens), 1), len(levels) - 1)
+            low, high = levels[upper - 1], levels[upper]
+            weight = float(np.clip((tokens - low) / (high - low), 0, 1))
+            device = next(selector.parameters(), torch.empty(0)).device
+            blend = torch.tensor(weight, device=device, requires_grad=True)
+            selector.keep_between(low, high, blend, two_bin=self.two_bin)
+            self._blends[row] = blend
+
+    def step(self, bucket: int, lr: float) -> None:
+        """Move one bucket's column along its averaged gradients; the caller projects afterwards."""
+        for row, (name, blend) in enumerate(zip(self.names, self._blends, strict=True)):
+            if blend is None or blend.grad is None:
+                continue
+            selector = self._selectors[row]
+            assert selector.low_tokens is not None
+            per_ratio = self.costs.levels[name][-1] / (
+                selector.kept_tokens - selector.low_tokens
+            )
+            gradient = float(blend.grad) * per_ratio
+            self.momentum[row, bucket] += (1 - MOMENTUM) * (
+                gradient - self.momentum[row, bucket]
+            )
+        # One scale for all cells keeps their gradients comparable; the mean is the budget's affair.
+        scale = float(np.sqrt(np.mean(self.momentum**2))) + 1e-12
+        self.values[:, bucket] -= lr * self.momentum[:, bucket] / scale
+        self.values = np.clip(self.values, self.lowest[:, None], 1.0)
+
+    def keep(self, schedule: TokenSchedule, bucket: int) -> None:
+        """Let every selector keep exactly what the schedule says."""
+        keep_column(
+            self._selectors, [schedule.kept_tokens[name][bucket] for name in self.names]
+        )
+
+    def keep_all(self) -> None:
+        """Back to the dense model."""
+        keep_column(self._selectors, [self.costs.levels[name][-1] for name in self.names])
+
+    def ratios(self) -> KeepRatios:
+        """The current ratios."""
+        return KeepRatios(self.names, self.values.copy())
+
+
+def keep_column(selectors: list[TokenSelector], kept: list[int]) -> None:
+    """Set K of each selector."""
+    for selector, tokens in zip(selectors, kept, strict=True):
+        selector.keep(tokens)
+
+
+def _selector(program: Program, name: str) -> TokenSelector:
+    selector = program.module.get_submodule(selector_name(name))
+    assert isinstance(selector, TokenSelector)
+    return selector

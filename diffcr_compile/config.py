@@ -1,0 +1,161 @@
+"""Every setting of a compilation, with its default, unit and range. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffcr_compile.errors import UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoutingConfig(_Section):
+    """How blocks are routed."""
+
+    gate: Literal["straight_through", "paper"] = Field(
+        default="straight_through", description="how a router's score enters the forward value"
+    )
+    router: Literal["linear", "random"] = Field(
+        default="linear",
+        description="'random' is the control: every token is as likely as any other",
+    )
+    buckets: int = Field(default=4, ge=1, le=64, description="timestep buckets of equal width")
+    timestep_low: float = Field(
+        default=0.0, description="smallest value of the model's timestep input"
+    )
+    timestep_high: float = Field(
+        default=1000.0, description="largest value of the model's timestep input"
+    )
+    multiple_of: int = Field(default=16, ge=1, description="kept tokens are multiples of this")
+    min_keep_ratio: float = Field(
+        default=0.125, gt=0, le=1, description="smallest keep ratio of a block"
+    )
+
+
+class RolloutConfig(_Section):
+    """Teacher rollouts: the dense sampler's states and outputs, the default training data."""
+
+    trajectories: int = Field(default=192, ge=1, description="sampled images")
+    steps: int = Field(default=20, ge=1, description="sampling steps of each trajectory")
+    batch: int = Field(default=32, ge=1, description="trajectories that run together")
+
+
+class CalibrationConfig(_Section):
+    """The short fine-tune that learns routers and keep ratios."""
+
+    steps: int = Field(default=300, ge=0, description="training steps")
+    batch: int = Field(
+        default=24, ge=1, description="states per step, all of one timestep bucket"
+    )
+    train: Literal["ratio", "router", "all"] = Field(
+        default="all", description="ratios only; routers and ratios; or these and all weights"
+    )
+    learn_ratios: bool = Field(
+        default=True, description="False keeps one uniform keep ratio (Mixture-of-Depths)"
+    )
+    estimator: Literal["boundary", "two_bin"] = Field(
+        default="boundary",
+        description="gradient of the keep ratios: one forward, or the paper's two",
+    )
+    lr_weights: float = Field(
+        default=4e-4, gt=0, description="AdamW learning rate of the model's weights"
+    )
+    lr_router: float = Field(
+        default=1e-3, gt=0, description="AdamW learning rate of the routers"
+    )
+    lr_ratio: float = Field(
+        default=0.02, gt=0, description="size of a typical step of a keep ratio"
+    )
+    ramp: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="share of the steps in which the budget falls from 1",
+    )
+    settle: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="share of the steps that train at the final schedule",
+    )
+    ema: float = Field(
+        default=0.98, ge=0, lt=1, description="decay of the moving average of trained weights"
+    )
+    seed: int = Field(default=0, ge=0)
+    save_every: int = Field(default=20, ge=1, description="steps between resumable states")
+
+
+class ExportConfig(_Section):
+    """ONNX files."""
+
+    parity_tolerance: float = Field(
+        default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
+    )
+
+
+class CompileConfig(_Section):
+    """All of it."""
+
+    routing: RoutingConfig = RoutingConfig()
+    rollouts: RolloutConfig = RolloutConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def parse_budget(budget: float | str) -> float:
+    """``"60%"``, ``"0.6"`` or ``0.6`` -> 0.6, a share of the dense MACs.
+
+    Raises:
+        UsageError: not a number, or not in (0, 1].
+    """
+    text = str(budget).strip()
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise UsageError(f"budget must be like '60%' or 0.6, got {budget!r}") from None
+    if not 0 < value <= 1:
+        raise UsageError(
+            f"budget must be in (0%, 100%] of the dense MACs, got {budget!r}; write '60%' or 0.6"
+        )
+    return value
+
+
+def make_config(data: dict[str, Any]) -> CompileConfig:
+    """A config from nested dicts.
+
+    Raises:
+        UsageError: an unknown key or a value out of range; names each of them.
+    """
+    try:
+        return CompileConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})"
+            for e in error.errors()
+        )
+        raise UsageError(f"the configuration is wrong: {problems}") from None
+
+
+def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> CompileConfig:
+    """A config from a YAML file, with ``{"calibration.steps": 100}`` put over it."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        if not path.exists():
+            raise UsageError(f"the configuration file {path} does not exist")
+        try:
+            data = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"{path} is not YAML: {error}") from error
+    for key, value in (overrides or {}).items():
+        section = data
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return make_config(data)

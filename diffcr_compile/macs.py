@@ -1,0 +1,173 @@
+"""What a schedule costs, counted on the real graph: linear layers, QK and AV products, routers.
+
+A MAC is one multiply-add of a matrix product or convolution; element-wise work is not counted,
+as usual. Gathers and scatters have no MACs, so the bytes they move are reported beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from diffcr_compile.blocks import BlockSpec, get_leaf, leaves, map_leaves
+from diffcr_compile.program import Program, selector_name, tensor_args
+from diffcr_compile.routing import Selection, gather_tokens
+from diffcr_compile.schedule import CostTable
+
+
+def keep_levels(num_tokens: int, multiple_of: int, min_keep_ratio: float) -> tuple[int, ...]:
+    """Allowed kept tokens of a block: multiples of `multiple_of` in [min_keep_ratio * N, N], and N."""
+    least = max(1, min_keep_ratio * num_tokens)
+    levels = [k for k in range(multiple_of, num_tokens, multiple_of) if k >= least]
+    return (*levels, num_tokens)
+
+
+def measure_costs(program: Program, multiple_of: int, min_keep_ratio: float) -> CostTable:
+    """Count the MACs of every block at every allowed number of kept tokens, on fake tensors.
+
+    Args:
+        program: CAPTURED or ROUTED.
+        multiple_of: kept tokens are multiples of this.
+        min_keep_ratio: smallest keep ratio of a block, in (0, 1].
+    """
+    levels = {
+        spec.name: keep_levels(spec.num_tokens, multiple_of, min_keep_ratio)
+        for spec in program.blocks
+    }
+    counter = _counter()
+    interpreter = _BlockCounter(program, levels, counter)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), counter:
+        interpreter.run(*(mode.from_tensor(t) for t in tensor_args(program, program.example)))
+    batch = program.batch
+    outer = (counter.get_total_flops() - interpreter.inside) / 2 / batch
+    return CostTable(
+        levels=levels,
+        macs={
+            name: tuple(m / 2 / batch for m in macs)
+            for name, macs in interpreter.flops.items()
+        },
+        routing={
+            spec.name: tuple(_router_macs(spec, k) for k in levels[spec.name])
+            for spec in program.blocks
+        },
+        moved_bytes={
+            spec.name: tuple(_moved_bytes(spec, k) for k in levels[spec.name])
+            for spec in program.blocks
+        },
+        outer=outer,
+    )
+
+
+def _counter() -> FlopCounterMode:
+    # The fused attention of the CPU is missing in torch's registry.
+    fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={fused_cpu: _attention_flops})
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _router_macs(spec: BlockSpec, kept_tokens: int) -> float:
+    """One dot product of `width` per token, unless all are kept and no router is left."""
+    return 0.0 if kept_tokens == spec.num_tokens else float(spec.num_tokens * spec.width)
+
+
+def _moved_bytes(spec: BlockSpec, kept_tokens: int) -> float:
+    """Gather reads and writes K rows, the scatter copies the stream and overwrites K rows."""
+    if kept_tokens == spec.num_tokens:
+        return 0.0
+    rows = 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
+    return 4.0 * spec.width * rows
+
+
+def _structure(block: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Equal for two calls that run the same layers on the same shapes."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    inputs = tuple(
+        (path, tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf))
+        for path, leaf in leaves((tuple(args), dict(kwargs)))
+    )
+    return (type(block), shapes, inputs)
+
+
+class _BlockCounter(fx.Interpreter):
+    """Runs the graph with all tokens kept, and each block at each of its levels on the side."""
+
+    def __init__(
+        self, program: Program, levels: Mapping[str, Sequence[int]], counter: FlopCounterMode
+    ) -> None:
+        super().__init__(program.module)
+        self.specs = {spec.name: spec for spec in program.blocks}
+        self.selectors = {selector_name(name) for name in self.specs}
+        self.levels = levels
+        self.counter = counter
+        self.flops: dict[str, list[float]] = {}
+        self.inside = 0
+        self.known: dict[Any, list[float]] = {}  # blocks of equal structure cost the same
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.selectors:
+            return Selection(None, None)
+        if target not in self.specs:
+            return super().call_module(target, args, kwargs)
+        before = self.counter.get_total_flops()
+        spec = self.specs[target]
+        key = (
+            spec.num_tokens,
+            self.levels[target],
+            *_structure(self.module.get_submodule(target), args, kwargs),
+        )
+        if key not in self.known:
+            self.known[key] = self._at_levels(spec, args, kwargs)
+        self.flops[target] = self.known[key]
+        result = super().call_module(target, args, kwargs)
+        self.inside += self.counter.get_total_flops() - before
+        return result
+
+    def _at_levels(self, spec: BlockSpec, args: Any, kwargs: Any) -> list[float]:
+        """FLOPs of block and router at every level.
+
+        Linear layers cost a * K and attention b * K^2, so three counts give all levels; a fourth
+        checks that, and a block that costs otherwise is counted level by level.
+        """
+        levels = self.levels[spec.name]
+        batch = int(get_leaf((args, kwargs), spec.stream.path).shape[0])
+
+        def count(kept: int) -> float:
+            return self._block_flops(spec, args, kwargs, kept)
+
+        routers = [2 * batch * _router_macs(spec, kept) for kept in levels]
+        if len(levels) > 4:
+            points = [levels[0], levels[len(levels) // 2], levels[-1]]
+            curve = np.polynomial.Polynomial.fit(points, [count(k) for k in points], 2)
+            check = levels[1]
+            if abs(float(curve(check)) - count(check)) <= 1e-6 * count(check):
+                fitted = [round(float(curve(kept))) for kept in levels]
+                return [a + b for a, b in zip(fitted, routers, strict=True)]
+        return [count(kept) + router for kept, router in zip(levels, routers, strict=True)]
+
+    def _block_flops(self, spec: BlockSpec, args: Any, kwargs: Any, kept: int) -> float:
+        stream: Tensor = get_leaf((args, kwargs), spec.stream.path)
+        index = stream.new_zeros((stream.shape[0], kept), dtype=torch.int64)
+        axes = (spec.stream, *spec.aligned)
+
+        def cut(path: Any, leaf: Any) -> Any:
+            for axis in axes:
+                if axis.path == path:
+                    leaf = gather_tokens(
+                        leaf, index, axis.axis, axis.start, spec.num_tokens, axis.batched
+                    )
+            return leaf
+
+        cut_args, cut_kwargs = map_leaves((tuple(args), dict(kwargs)), cut)
+        before = self.counter.get_total_flops()
+        super().call_module(spec.name, cut_args, cut_kwargs)
+        return float(self.counter.get_total_flops() - before)

@@ -1,0 +1,250 @@
+"""The artifact's manifest: what was built, and the hash of every file a load depends on.
+
+Standard library only: this file goes on the device with the runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from diffcr_compile.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+# What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
+CHECKED_FOLDERS = ("onnx", "golden", "model")
+# Leftovers of an interrupted write: never listed, never read, so they do no harm.
+PARTIAL_SUFFIX = ".partial"
+_CHUNK = 1 << 20
+_AGAIN = "Copy the artifact again, or make it anew with diffcr compile."
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is known about an artifact. Everything in it is JSON.
+
+    Attributes:
+        created: ISO date and time, UTC.
+        model: name, revision (or None) and number of parameters.
+        versions: package or format -> version that made the artifact.
+        inputs: name, dtype (as numpy names it) and shape of every input, in graph order.
+        outputs: the same of every output.
+        timestep_input: which input is the timestep; None if it is not known.
+        sample_input: which input is the noisy sample; None if it is not known.
+        buckets: index, low, high, weight, onnx and golden (relative paths) of every timestep
+            bucket; a bucket takes timesteps in (low, high].
+        weights: relative path of the weights that all graphs share.
+        schedule: block -> kept tokens per bucket.
+        num_tokens: block -> image tokens present.
+        budget: metric, asked and reached, shares of the dense model.
+        parity: tolerance, and one row per bucket in `buckets`.
+        files: relative path -> sha256 and bytes of every file in onnx/, golden/ and model/.
+        stages: stage -> status.
+        schema_version: of this structure.
+    """
+
+    created: str
+    model: Mapping[str, Any]
+    versions: Mapping[str, str]
+    inputs: Sequence[Mapping[str, Any]]
+    outputs: Sequence[Mapping[str, Any]]
+    timestep_input: str | None
+    sample_input: str | None
+    buckets: Sequence[Mapping[str, Any]]
+    weights: str
+    schedule: Mapping[str, Sequence[int]]
+    num_tokens: Mapping[str, int]
+    budget: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    stages: Mapping[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that readers find the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f"{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent
+    )
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp lets nobody else read
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """Write JSON atomically. NaN and infinity, which are not JSON, are refused."""
+    atomic_write_bytes(path, json.dumps(data, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> sha256 and bytes of every file that a manifest must list."""
+    return {
+        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in sorted(_files_below(folder))
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``; an artifact exists from this moment on."""
+    write_json_atomic(folder / MANIFEST_FILE, dataclasses.asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json``; see :func:`verify_artifact` for the files.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or it has another schema version.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} holds no {MANIFEST_FILE}, so it is no finished artifact. Name a folder "
+            "that diffcr compile made, or run that again: it goes on where it stopped."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {version!r}, this diffcr_compile reads version "
+            f"{SCHEMA_VERSION}. Install the version that made it, or make the artifact anew."
+        )
+    expected = {field.name for field in dataclasses.fields(Manifest)}
+    if set(data) != expected:
+        missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
+        raise ArtifactError(
+            f"{path} is damaged: missing keys {missing}, unknown keys {unknown}. {_AGAIN}"
+        )
+    manifest = Manifest(**data)
+    _check_form(path, manifest)
+    return manifest
+
+
+def _check_form(path: Path, manifest: Manifest) -> None:
+    """Raise unless the parts that a load reads have the form that it expects."""
+    rows = {
+        "buckets": (manifest.buckets, {"index", "low", "high", "weight", "onnx", "golden"}),
+        "inputs": (manifest.inputs, {"name", "dtype", "shape"}),
+        "outputs": (manifest.outputs, {"name", "dtype", "shape"}),
+    }
+    for key, (found, wanted) in rows.items():
+        whole = isinstance(found, list) and bool(found)
+        if not whole or not all(isinstance(r, dict) and wanted <= set(r) for r in found):
+            raise ArtifactError(
+                f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}"
+            )
+    files = manifest.files
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in files.values()
+    ):
+        raise ArtifactError(f"{path}: files must map paths to sha256 and bytes. {_AGAIN}")
+
+
+def verify_artifact(
+    folder: Path, manifest: Manifest, only: Collection[str] | None = None
+) -> None:
+    """Raise unless every file is there and is the one that was written.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        only: folders to look at, some of onnx, golden and model; None for all of them.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, changed, not listed, or out of the folder.
+    """
+    checked = tuple(CHECKED_FOLDERS if only is None else only)
+    listed = {name for name in manifest.files if _top(folder, name) in checked}
+    _check_references(folder, manifest)
+    extra = sorted(set(_files_below(folder, checked)) - listed)
+    if extra:
+        raise ArtifactError(
+            f"{folder} has an extra file {extra[0]!r} ({len(extra)} in all) that its manifest "
+            f"does not list. Delete it, or make the artifact anew with diffcr compile."
+        )
+    for name in sorted(listed):
+        _check_file(folder, name, manifest.files[name])
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing, but the manifest lists it. {_AGAIN}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there."
+        )
+    found = path.stat().st_size
+    if found != entry["bytes"]:
+        raise ArtifactError(
+            f"{path} has {found} bytes, the manifest says {entry['bytes']}: truncated or "
+            f"replaced. {_AGAIN}"
+        )
+    digest = sha256_file(path)
+    if digest != entry["sha256"]:
+        raise ArtifactError(
+            f"{path} was changed: its sha256 is {digest[:12]}…, the manifest says "
+            f"{entry['sha256'][:12]}…. {_AGAIN}"
+        )
+
+
+def _check_references(folder: Path, manifest: Manifest) -> None:
+    """The files that a load opens must be among those whose hashes are checked."""
+    used = [bucket[key] for bucket in manifest.buckets for key in ("onnx", "golden")]
+    for name in (*used, manifest.weights):
+        if name not in manifest.files:
+            raise ArtifactError(
+                f"{folder / MANIFEST_FILE} uses {name!r} but has no hash of it. {_AGAIN}"
+            )
+
+
+def _top(folder: Path, name: str) -> str:
+    """First folder of a relative path, after refusing paths that could lead out."""
+    parts = PurePosixPath(name).parts
+    leads_out = name.startswith("/") or PureWindowsPath(name).drive or "\\" in name
+    is_inside = len(parts) > 1 and parts[0] in CHECKED_FOLDERS and ".." not in parts
+    if leads_out or not is_inside:
+        raise ArtifactError(
+            f"{folder / MANIFEST_FILE} lists {name!r}, which is not a path inside the artifact's "
+            f"folders {', '.join(CHECKED_FOLDERS)}. Do not use this artifact."
+        )
+    return parts[0]
+
+
+def _files_below(folder: Path, tops: Collection[str] = CHECKED_FOLDERS) -> Iterator[str]:
+    """Relative paths, with forward slashes, of files and of links to folders."""
+    for top in tops:
+        for parent, folders, names in os.walk(folder / top):
+            linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+            for name in (*names, *linked):
+                if not name.endswith(PARTIAL_SUFFIX):
+                    yield (Path(parent) / name).relative_to(folder).as_posix()

@@ -1,0 +1,82 @@
+"""ONNX Runtime sessions, and words for what goes wrong with them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
+
+Provider = Literal["cpu", "cuda"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def check_provider(provider: str) -> str:
+    """ONNX Runtime's name of a provider.
+
+    Raises:
+        UsageError: there is no such provider.
+        EnvironmentMissingError: the installed ONNX Runtime does not have it.
+    """
+    if provider not in _PROVIDERS:
+        raise UsageError(f"provider must be one of {sorted(_PROVIDERS)}, got {provider!r}")
+    name = _PROVIDERS[provider]
+    available = _onnxruntime().get_available_providers()
+    if name not in available:
+        raise EnvironmentMissingError(
+            f"this ONNX Runtime has no {name}, only {available}. For a GPU: pip uninstall "
+            "onnxruntime, then pip install 'diffcr-compile[gpu]' (the two do not live together)."
+        )
+    return name
+
+
+def make_session(path: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` that runs where it was told to.
+
+    Args:
+        path: the ONNX file.
+        provider: ``cpu`` or ``cuda``.
+        threads: threads inside an operator, at least 1; None for ONNX Runtime's default.
+
+    Raises:
+        UsageError: bad `provider` or `threads`.
+        EnvironmentMissingError: the provider is not there. ONNX Runtime itself would go on
+            silently on the CPU.
+        ArtifactError: ONNX Runtime cannot read the file.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    name = check_provider(provider)
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; make the artifact anew (diffcr compile)")
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: what it warns about is fallback, checked below
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    wanted = list(dict.fromkeys([name, _PROVIDERS["cpu"]]))
+    try:
+        session = ort.InferenceSession(os.fspath(path), options, providers=wanted)
+    except Exception as error:
+        raise ArtifactError(
+            f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error)[:400]}. "
+            "Make the artifact anew, or install the onnxruntime named in its manifest."
+        ) from error
+    found = session.get_providers()
+    if name not in found:
+        raise EnvironmentMissingError(
+            f"ONNX Runtime could not start {name} and fell back to {found}. Check the GPU driver, "
+            "CUDA and cuDNN of this machine, or ask for provider='cpu'."
+        )
+    return session
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            "onnxruntime is not installed: pip install 'diffcr-compile[cpu]', or [gpu]"
+        ) from error
+    return onnxruntime

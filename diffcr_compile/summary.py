@@ -1,0 +1,204 @@
+"""What a compilation reached, as the dict behind ``report.json``; its keys are stable."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffcr_compile.config import CompileConfig
+from diffcr_compile.schedule import CostTable, TokenSchedule, cost_of
+
+if TYPE_CHECKING:
+    from diffcr_compile.api import Compiled
+
+# Small enough that nobody sees the difference, large enough for a solver over whole tokens.
+BUDGET_SLACK = 0.01
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "numpy",
+    "diffcr-compile",
+)
+
+
+def build_report(
+    compiled: Compiled,
+    config: CompileConfig,
+    speed: Mapping[str, Any],
+    quality: Mapping[str, Any] | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """The report, without seconds and memory, which the workspace adds."""
+    schedule, costs = compiled.frozen[0].schedule, compiled.costs
+    assert schedule is not None
+    reached = cost_of(costs, schedule) / costs.dense
+    size = measure_size(folder)
+    parity = parity_section(compiled)
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "title": f"{compiled.name} at {schedule.asked:.0%} of its MACs",
+        "model": model_section(compiled),
+        "budget": {"metric": "macs", "asked": schedule.asked, "reached": reached},
+        "speedup": {"macs_implied": 1 / reached, **speed},
+        "parity": parity,
+        "size": size,
+        "quality": quality,
+        "schedule": {block: list(kept) for block, kept in schedule.kept_tokens.items()},
+        "timestep_buckets": schedule.buckets.ranges(),
+        "num_tokens": dict(schedule.num_tokens),
+        "learned_keep_ratios": {
+            name: [round(float(r), 4) for r in row]
+            for name, row in zip(
+                compiled.result.keep_ratios.blocks,
+                compiled.result.keep_ratios.values,
+                strict=True,
+            )
+        },
+        "macs": macs_section(costs, schedule, reached),
+        "calibration": {
+            "history": list(compiled.result.history),
+            "settings": config.model_dump(),
+            "router_explains": compiled.result.explained,
+        },
+        "environment": environment(),
+        "commands": [],
+        "warnings": warnings_section(schedule, reached),
+    }
+    report["checks"] = checks_section(report)
+    report["verdict"] = "pass" if all(c["passed"] for c in report["checks"]) else "fail"
+    pictures = ("samples_dense", "samples_compressed")
+    found = {n: f"{n}.png" for n in pictures if (folder / f"report/{n}.png").exists()}
+    report["pictures"] = found or None
+    return report
+
+
+def model_section(compiled: Compiled) -> dict[str, Any]:
+    dense = compiled.dense
+    return {
+        "name": compiled.name,
+        "parameters": sum(p.numel() for p in dense.module.parameters()),
+        "num_tokens": max(spec.num_tokens for spec in dense.blocks),
+        "routed_blocks": len(dense.blocks),
+        "refused_blocks": [dataclasses.asdict(refusal) for refusal in dense.refused],
+    }
+
+
+def parity_section(compiled: Compiled) -> dict[str, Any]:
+    onnx = [rung for rung in compiled.ladder if rung.step.startswith("FROZEN")]
+    return {
+        "routed_all_kept_bit_equal": compiled.ladder[0].max_abs == 0.0,
+        "onnx_max_abs": max(rung.max_abs for rung in onnx),
+        "onnx_rel_l2": max(rung.rel_l2 for rung in onnx),
+        "ladder": [dataclasses.asdict(rung) for rung in compiled.ladder],
+    }
+
+
+def measure_size(folder: Path) -> dict[str, int]:
+    """Bytes of everything in onnx/, of its weights, and of one dense ONNX export."""
+    files = [path for path in (folder / "onnx").iterdir() if path.is_file()]
+    return {
+        "onnx_bytes": sum(path.stat().st_size for path in files),
+        "dense_onnx_bytes": (folder / "baseline/dense.onnx").stat().st_size,
+        "weights_bytes": sum(p.stat().st_size for p in files if p.suffix == ".bin"),
+    }
+
+
+def macs_section(costs: CostTable, schedule: TokenSchedule, reached: float) -> dict[str, Any]:
+    per_block = {}
+    for block, kept in schedule.kept_tokens.items():
+        at = [costs.levels[block].index(k) for k in kept]
+        routing = [costs.routing[block][i] for i in at]
+        per_block[block] = {
+            "dense": round(costs.macs[block][-1]),
+            "kept": [
+                round(costs.macs[block][i] - r) for i, r in zip(at, routing, strict=True)
+            ],
+            "routing": [round(r) for r in routing],
+            "moved_bytes": [round(costs.moved_bytes[block][i]) for i in at],
+        }
+    return {
+        "dense": round(costs.dense),
+        "compressed_mean": round(costs.dense * reached),
+        "outer": round(costs.outer),
+        "per_block": per_block,
+    }
+
+
+def checks_section(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    budget, parity, speedup, size = (
+        report[k] for k in ("budget", "parity", "speedup", "size")
+    )
+    buckets = len(report["timestep_buckets"])
+    rungs = parity["ladder"]
+    return [
+        {
+            "name": "budget",
+            "passed": budget["asked"] * (1 - BUDGET_SLACK)
+            <= budget["reached"]
+            <= budget["asked"],
+            "found": f"{budget['reached']:.2%}",
+            "expected": f"at most {budget['asked']:.2%}, and no more than 1 % below",
+        },
+        {
+            "name": "all tokens kept is the dense model",
+            "passed": parity["routed_all_kept_bit_equal"],
+            "found": "bit-equal" if parity["routed_all_kept_bit_equal"] else "different",
+            "expected": "bit-equal",
+        },
+        {
+            "name": "parity of every step",
+            "passed": all(rung["passed"] for rung in rungs),
+            "found": f"largest difference {max(rung['max_abs'] for rung in rungs):.1e}",
+            "expected": f"at most {max(rung['tolerance'] for rung in rungs):.0e}",
+        },
+        {
+            "name": "speed-up of the sampling loop",
+            "passed": speedup["onnxruntime_cpu_loop"] >= 1 / budget["asked"],
+            "found": f"{speedup['onnxruntime_cpu_loop']:.2f} x",
+            "expected": f"at least {1 / budget['asked']:.2f} x",
+        },
+        {
+            "name": f"size of {buckets} buckets",
+            "passed": size["onnx_bytes"] <= 1.05 * size["dense_onnx_bytes"],
+            "found": f"{size['onnx_bytes'] / size['dense_onnx_bytes']:.3f} x one dense export",
+            "expected": "at most 1.05 x",
+        },
+    ]
+
+
+def warnings_section(schedule: TokenSchedule, reached: float) -> list[str]:
+    found = []
+    columns = {tuple(schedule.column(i).values()) for i in range(len(schedule.buckets))}
+    if len(columns) == 1:
+        found.append(
+            "Every timestep bucket has the same schedule: the timesteps made no difference."
+        )
+    if schedule.asked and reached < schedule.asked * (1 - BUDGET_SLACK):
+        found.append(
+            f"{reached:.1%} of the MACs was reached where {schedule.asked:.1%} was allowed."
+        )
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions that the result depends on, as far as they are installed."""
+    found = {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,38 @@
+"""Check an artifact without torch: hashes, then ONNX Runtime against the golden outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffcr_compile.errors import AccuracyError
+from diffcr_compile.export.golden import read_golden
+from diffcr_compile.export.parity import compare, run_onnx
+from diffcr_compile.manifest import read_manifest, verify_artifact
+
+
+def validate_artifact(folder: Path) -> list[dict[str, Any]]:
+    """Parity of every timestep bucket with the outputs that FROZEN gave on the host.
+
+    Raises:
+        ArtifactError: a file is missing or changed.
+        AccuracyError: a bucket differs by more than the tolerance in the manifest.
+    """
+    manifest = read_manifest(folder)
+    verify_artifact(folder, manifest)
+    rows = []
+    for bucket in manifest.buckets:
+        inputs, outputs = read_golden(folder / bucket["golden"])
+        tolerance = manifest.parity["tolerance"]
+        found = run_onnx(folder / bucket["onnx"], inputs)
+        row = compare(
+            "golden -> ONNX Runtime", found, outputs, tolerance, bucket=bucket["index"]
+        )
+        if not row.passed:
+            raise AccuracyError(
+                f"bucket {bucket['index']} of {folder} differs from its golden outputs by "
+                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}"
+            )
+        rows.append(dataclasses.asdict(row))
+    return rows

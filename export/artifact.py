@@ -1,0 +1,309 @@
+"""FROZEN programs -> an artifact on disk, checked against ONNX Runtime before it gets a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from diffcr_compile.errors import AccuracyError, ResourceError, UsageError
+from diffcr_compile.export.golden import golden_path, output_names, read_golden, write_golden
+from diffcr_compile.export.onnx_model import (
+    OPSET,
+    evaluating,
+    export_graph,
+    onnx_from_program,
+)
+from diffcr_compile.export.parity import Parity, compare, run_onnx
+from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_shared_weights
+from diffcr_compile.manifest import (
+    MANIFEST_FILE,
+    PARTIAL_SUFFIX,
+    Manifest,
+    atomic_write_bytes,
+    hash_files,
+    write_json_atomic,
+    write_manifest,
+)
+from diffcr_compile.program import Program, Stage, run_flat
+from diffcr_compile.schedule import TimestepBuckets
+
+InputsFor = Callable[[int], Mapping[str, Tensor]]
+Progress = Callable[[int, int], None]
+# A protobuf message cannot be larger.
+MAX_MESSAGE_BYTES = (1 << 31) - 1
+_STAGING = f".export{PARTIAL_SUFFIX}"
+_PACKAGES = ("diffcr-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def export_artifact(
+    frozen: Sequence[Program],
+    folder: Path,
+    *,
+    model_info: Mapping[str, Any],
+    inputs_for: InputsFor | None = None,
+    timestep_input: str | None,
+    sample_input: str | None,
+    budget: Mapping[str, Any],
+    parity_tolerance: float = 1e-4,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write onnx/, golden/, model/schedule.json, model/node_map.json and, last, manifest.json.
+
+    All is made and checked in a folder aside; an artifact that is already there stays whole until
+    the new one has passed.
+
+    Args:
+        frozen: one program per timestep bucket, in order.
+        folder: made if it does not exist. Other files in its model/ get into the manifest.
+        model_info: name, revision and parameters, for the manifest.
+        inputs_for: golden inputs of a bucket; by default the program's example with the timestep
+            in the middle of the bucket.
+        timestep_input: which input chooses the bucket; None is for one bucket only.
+        sample_input: which input is the noisy sample; None if it is not known.
+        budget: metric, asked and reached, for the manifest.
+        parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
+        progress: called with (buckets done, buckets).
+
+    Raises:
+        UsageError: the programs are not the buckets of one schedule, or an input is unknown.
+        UnsupportedModelError: a graph cannot be said in ONNX.
+        AccuracyError: a bucket differs from FROZEN by more than the tolerance.
+        ResourceError: the disk is full or cannot be written.
+    """
+    _check_programs(frozen, timestep_input, sample_input)
+    inputs_for = inputs_for or _middle_inputs(frozen[0], timestep_input)
+    with _staging(folder) as staging:
+        graphs = _write_graphs(frozen, staging, inputs_for, progress)
+        rows = [
+            _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
+            for bucket in range(len(frozen))
+        ]
+        _publish(staging, folder)
+    manifest = Manifest(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        model=dict(model_info),
+        versions=_versions(),
+        inputs=_specs(frozen[0].example),
+        outputs=_output_specs(folder),
+        timestep_input=timestep_input,
+        sample_input=sample_input,
+        buckets=_bucket_rows(frozen[0], graphs),
+        weights=f"onnx/{WEIGHTS_FILE}",
+        schedule=_schedule(frozen[0])["kept_tokens"],
+        num_tokens=_schedule(frozen[0])["num_tokens"],
+        budget=dict(budget),
+        parity=_parity_section(rows, parity_tolerance),
+        files=hash_files(folder),
+        stages={"freeze": "done", "export": "done", "validate": "done"},
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def export_dense(captured: Program, path: Path) -> None:
+    """Write the dense model as one ONNX file with its weights inside, as a baseline.
+
+    Beyond the 2 GiB that one ONNX file can hold, the weights lie beside it.
+    """
+    model = onnx_from_program(captured)
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size > MAX_MESSAGE_BYTES // 2:
+        write_shared_weights({path.name: model}, path.parent, f"{path.stem}.weights.bin")
+    else:
+        atomic_write_bytes(path, model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _check_programs(
+    frozen: Sequence[Program], timestep_input: str | None, sample_input: str | None
+) -> None:
+    if not frozen:
+        raise UsageError("there is nothing to export: no FROZEN program was given")
+    schedule = frozen[0].schedule
+    for number, program in enumerate(frozen):
+        if program.stage != Stage.FROZEN or program.schedule is None:
+            raise UsageError(
+                f"program {number} is {program.stage.name}, export needs FROZEN ones (dcr.freeze)"
+            )
+        if program.bucket != number or program.schedule != schedule:
+            raise UsageError(
+                f"program {number} is bucket {program.bucket} of its schedule; give every bucket "
+                "of one schedule, in order"
+            )
+    assert schedule is not None
+    if len(frozen) != len(schedule.buckets):
+        raise UsageError(
+            f"{len(frozen)} programs for a schedule of {len(schedule.buckets)} timestep buckets"
+        )
+    for role, name in (("timestep_input", timestep_input), ("sample_input", sample_input)):
+        if name is not None and name not in frozen[0].example:
+            raise UsageError(f"{role} is {name!r}, the inputs are {list(frozen[0].example)}")
+    if timestep_input is None and len(frozen) > 1:
+        raise UsageError(
+            f"{len(frozen)} timestep buckets, but no input is known to be the timestep. Name it "
+            "timestep in the model's forward, or freeze with one bucket."
+        )
+
+
+def _write_graphs(
+    frozen: Sequence[Program],
+    staging: Path,
+    inputs_for: InputsFor,
+    progress: Progress | None,
+) -> list[str]:
+    """Write graphs, weights, golden files and maps; the graph's path of each bucket."""
+    paths: list[str] = []
+    written: dict[tuple[int, ...], str] = {}  # buckets with equal columns share one graph
+    nodes: dict[str, dict[str, str]] = {}
+    with WeightsWriter(staging / "onnx" / WEIGHTS_FILE) as writer:
+        for bucket, program in enumerate(frozen):
+            column = tuple(
+                _schedule(program)["kept_tokens"][b.name][bucket] for b in program.blocks
+            )
+            if column not in written:
+                path = f"onnx/bucket_{bucket:02d}.onnx"
+                model, nodes[path] = export_graph(program)
+                writer.externalize(model)
+                data = model.SerializeToString(deterministic=True)
+                atomic_write_bytes(staging / path, data)
+                written[column] = path
+            paths.append(written[column])
+            _write_golden(program, staging, bucket, inputs_for(bucket))
+            if progress is not None:
+                progress(bucket + 1, len(frozen))
+    write_json_atomic(staging / "model/schedule.json", _schedule(frozen[0]))
+    write_json_atomic(staging / "model/node_map.json", nodes)
+    return paths
+
+
+def _write_golden(
+    program: Program, staging: Path, bucket: int, inputs: Mapping[str, Tensor]
+) -> None:
+    with evaluating(program.module), torch.no_grad():
+        outputs = run_flat(program, inputs)
+    write_golden(staging, bucket, inputs, outputs)
+
+
+def _middle_inputs(program: Program, timestep_input: str | None) -> InputsFor:
+    """The example's inputs, with the timestep in the middle of the bucket."""
+    assert program.schedule is not None
+    ranges = program.schedule.buckets.ranges()
+
+    def inputs(bucket: int) -> Mapping[str, Tensor]:
+        if timestep_input is None:
+            return program.example
+        example = program.example[timestep_input]
+        middle = sum(ranges[bucket]) / 2
+        if not example.is_floating_point():
+            middle = round(middle)
+        return {**program.example, timestep_input: torch.full_like(example, middle)}
+
+    return inputs
+
+
+def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> Parity:
+    """ONNX Runtime against what FROZEN gave, which is in the golden file."""
+    onnx.checker.check_model(str(staging / graph), full_check=True)
+    inputs, expected = read_golden(staging / golden_path(bucket))
+    found = run_onnx(staging / graph, inputs)
+    row = compare("FROZEN -> ONNX Runtime", found, expected, tolerance, bucket)
+    if not row.passed:
+        raise AccuracyError(
+            f"bucket {bucket}: ONNX Runtime differs from FROZEN by {row.max_abs:.1e} (relative L2 "
+            f"{row.rel_l2:.1e}, {row.non_finite} values NaN or infinite), allowed {tolerance:.0e}. "
+            "Two tokens with nearly equal scores can swap places at the cut: if relative L2 is "
+            "small, raise parity_tolerance; if not, a graph is wrong, please report it."
+        )
+    return row
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for unfinished work; it is gone afterwards."""
+    staging = folder / _STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        raise ResourceError(
+            f"the artifact cannot be written to {folder}: {error}. Free some disk space or name "
+            "another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Put the new files in place of old ones; without a manifest the folder is no artifact."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    for name in ("onnx", "golden"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (staging / name).replace(folder / name)
+    (folder / "model").mkdir(exist_ok=True)
+    for path in (staging / "model").iterdir():
+        path.replace(folder / "model" / path.name)
+
+
+def _bucket_rows(program: Program, graphs: Sequence[str]) -> list[dict[str, Any]]:
+    assert program.schedule is not None
+    buckets: TimestepBuckets = program.schedule.buckets
+    return [
+        {
+            "index": index,
+            "low": low,
+            "high": high,
+            "weight": buckets.weights[index],
+            "onnx": graphs[index],
+            "golden": golden_path(index),
+        }
+        for index, (low, high) in enumerate(buckets.ranges())
+    ]
+
+
+def _schedule(program: Program) -> dict[str, Any]:
+    assert program.schedule is not None
+    return program.schedule.to_json()
+
+
+def _specs(example: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        for name, t in example.items()
+    ]
+
+
+def _output_specs(folder: Path) -> list[dict[str, Any]]:
+    outputs = read_golden(folder / golden_path(0))[1]
+    return [
+        {"name": name, "dtype": str(array.dtype), "shape": list(array.shape)}
+        for name, array in zip(output_names(len(outputs)), outputs, strict=True)
+    ]
+
+
+def _parity_section(rows: Sequence[Parity], tolerance: float) -> dict[str, Any]:
+    return {
+        "tolerance": tolerance,
+        "max_abs": max(row.max_abs for row in rows),
+        "rel_l2": max(row.rel_l2 for row in rows),
+        "buckets": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "opset": str(OPSET)}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,75 @@
+"""Golden inputs and outputs per timestep bucket: what a runtime or an engine must reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+from safetensors.numpy import load, save
+
+from diffcr_compile.errors import ArtifactError
+from diffcr_compile.manifest import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+def golden_path(bucket: int) -> str:
+    """Path of a bucket's golden file, relative to the artifact."""
+    return f"golden/bucket_{bucket:02d}.safetensors"
+
+
+def write_golden(
+    folder: Path, bucket: int, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]
+) -> Path:
+    """Write ``golden/bucket_XX.safetensors``: ``input.<name>`` and ``output.<name>``.
+
+    Args:
+        folder: the artifact.
+        bucket: index of the timestep bucket.
+        inputs: by the names of the graph's inputs.
+        outputs: in the order of the graph's outputs.
+
+    Returns:
+        The file's path.
+    """
+    tensors = {f"input.{name}": _array(tensor) for name, tensor in inputs.items()}
+    names = output_names(len(outputs))
+    tensors |= {f"output.{n}": _array(t) for n, t in zip(names, outputs, strict=True)}
+    path = folder / golden_path(bucket)
+    atomic_write_bytes(path, save(tensors))
+    return path
+
+
+def read_golden(path: Path) -> tuple[dict[str, Array], list[Array]]:
+    """Inputs by name, and outputs in the order of the graph's outputs; numpy only.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Make the artifact anew with diffcr compile."
+        ) from error
+    inputs = {
+        k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")
+    }
+    names = output_names(sum(key.startswith("output.") for key in tensors))
+    return inputs, [tensors[f"output.{name}"] for name in names]
+
+
+def output_names(count: int) -> list[str]:
+    """Names of a graph's outputs."""
+    return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+
+
+def _array(tensor: Tensor) -> Array:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())

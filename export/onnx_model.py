@@ -1,0 +1,243 @@
+"""Program -> onnx.ModelProto with static shapes, standard ops only, and nothing superfluous."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.export.lower import lower_for_onnx
+from diffcr_compile.program import Program, run_flat
+
+# One file then serves TensorRT 10.3 (JetPack 6) to 11.
+OPSET = 20
+MAX_IR_VERSION = 10
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_TRACE = "pkg.torch.onnx.stack_trace"
+_WRAPPED = "graph_module"
+# The line of our generated forward that an exported node came from: "    name = call(...)".
+_GRAPH_LINE = re.compile(r'File "<eval_with_key>[^\n]*\n\s+(\w+) = ')
+
+
+class FlatCall(nn.Module):
+    """A program as a module that takes and returns nothing but tensors, in graph order."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.graph_module = program.module
+        self._program = program
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self._program.signature.inputs, tensors, strict=True))
+        return tuple(run_flat(self._program, named))
+
+
+def onnx_from_program(program: Program) -> ModelProto:
+    """The ONNX graph of a program at the sizes of its example inputs.
+
+    Inputs are named like the program's, outputs ``output`` or ``output_0``, ``output_1``, ...
+    Nodes, values and constants get short names; parameters keep their qualified names where ONNX
+    uses them as they are.
+
+    Raises:
+        UnsupportedModelError: the exporter fails, or the graph needs what ONNX opset 20 lacks.
+    """
+    return export_graph(program)[0]
+
+
+def export_graph(program: Program) -> tuple[ModelProto, dict[str, str]]:
+    """The ONNX graph and its :func:`node_map`."""
+    refuse_bfloat16(program)
+    model = _torch_export(program)
+    check_standard(model)
+    _merge_equal_constants(model)
+    _shorten_names(model, list(program.signature.inputs))
+    nodes = node_map(model)
+    _strip(model)
+    return model, nodes
+
+
+def node_map(model: ModelProto) -> dict[str, str]:
+    """ONNX node name -> qualified module name, or the line of the outer graph it came from.
+
+    It reads the exporter's metadata, which the models of :func:`onnx_from_program` no longer have.
+    """
+    return {node.name: _origin(node) for node in model.graph.node}
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` is in evaluation mode while the context lasts."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def refuse_bfloat16(program: Program) -> None:
+    """Raise UnsupportedModelError if the program computes in bfloat16."""
+    every: dict[str, Tensor] = {**program.example, **dict(program.module.named_parameters())}
+    found = [name for name, tensor in every.items() if tensor.dtype == torch.bfloat16]
+    if found:
+        raise UnsupportedModelError(
+            f"{found[0]} is bfloat16 ({len(found)} tensors are), which ONNX opset {OPSET} lacks in "
+            "Conv, TopK and Einsum. Convert the model and the example inputs with "
+            ".to(torch.float32) or .to(torch.float16)."
+        )
+
+
+def check_standard(model: ModelProto) -> None:
+    """Raise UnsupportedModelError unless the model is opset <= 20, IR <= 10, standard ops only."""
+    foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain})
+    domains = {entry.domain: entry.version for entry in model.opset_import}
+    if foreign or model.functions:
+        raise UnsupportedModelError(
+            f"the ONNX graph has ops outside the standard: {foreign or 'local functions'}. "
+            "Replace the modules that they come from by plain torch ops."
+        )
+    if domains.get("", 0) > OPSET or model.ir_version > MAX_IR_VERSION:
+        raise UnsupportedModelError(
+            f"the ONNX graph has opset {domains.get('')} and IR version {model.ir_version}, "
+            f"expected at most {OPSET} and {MAX_IR_VERSION}. Install the pinned torch and onnxscript."
+        )
+
+
+def _torch_export(program: Program) -> ModelProto:
+    flat = FlatCall(program)
+    try:
+        with evaluating(flat), _quiet():
+            exported = torch.export.export(flat, tuple(program.example.values()), strict=False)
+            made = torch.onnx.export(
+                lower_for_onnx(exported),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=True,
+            )
+    except Exception as error:
+        text = " ".join(str(error).split())[:600]
+        raise UnsupportedModelError(
+            f"torch.onnx.export failed on the {program.stage.name} graph: "
+            f"{type(error).__name__}: {text}. Replace the op that it names by plain torch ops."
+        ) from error
+    assert made is not None
+    model: ModelProto = made.model_proto
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about itself from the user."""
+    logger = logging.getLogger("torch.onnx")
+    inner = logging.getLogger("torch.onnx._internal.exporter._registration")
+    levels = logger.level, inner.level
+    logger.setLevel(logging.ERROR)
+    inner.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(levels[0])
+        inner.setLevel(levels[1])
+
+
+def _merge_equal_constants(model: ModelProto) -> None:
+    """One initializer per content: the exporter repeats tensors that several nodes use."""
+    first: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    kept = []
+    for tensor in model.graph.initializer:
+        header = f"{tensor.data_type}{list(tensor.dims)}".encode()
+        key = hashlib.sha256(header + onnx.numpy_helper.to_array(tensor).tobytes()).digest()
+        if key in first:
+            renamed[tensor.name] = first[key]
+        else:
+            first[key] = tensor.name
+            kept.append(tensor)
+    outputs = {value.name for value in model.graph.output}
+    if not renamed or outputs & set(renamed):
+        return
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    _rename_values(model, renamed)
+
+
+def _shorten_names(model: ModelProto, inputs: list[str]) -> None:
+    """Names of values are half of a small graph's bytes."""
+    graph = model.graph
+    names = dict(zip((value.name for value in graph.input), inputs, strict=True))
+    found = [value.name for value in graph.output]
+    labels = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
+    names |= dict(zip(found, labels, strict=True))
+    taken = set(names.values())
+    for number, tensor in enumerate(graph.initializer):
+        whole = tensor.name.removeprefix(f"{_WRAPPED}.")
+        # A dot tells a parameter's own name from a constant that the exporter made up.
+        names.setdefault(tensor.name, _free(whole if "." in whole else f"c{number}", taken))
+    counter = 0
+    for number, node in enumerate(graph.node):
+        node.name = f"{node.op_type}_{number}"
+        for output in node.output:
+            if output and output not in names:
+                names[output] = _free(f"v{counter}", taken)
+                counter += 1
+    _rename_values(model, names)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _rename_values(model: ModelProto, names: Mapping[str, str]) -> None:
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+
+
+def _strip(model: ModelProto) -> None:
+    """Drop what no runtime reads: traces, documentation, inferable shapes, default attributes."""
+    graph = model.graph
+    graph.name = "main_graph"
+    model.producer_name, model.producer_version, model.doc_string = "diffcr_compile", "", ""
+    for field in (model.metadata_props, graph.metadata_props, graph.value_info):
+        del field[:]
+    graph.doc_string = ""
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    for node in graph.node:
+        # TensorRT before 10.9 refuses a ScatterND whose `reduction` is present, even as "none".
+        spoken = [a for a in node.attribute if not (a.name == "reduction" and a.s == b"none")]
+        if len(spoken) != len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(spoken)
+
+
+def _origin(node: onnx.NodeProto) -> str:
+    metadata = {entry.key: entry.value for entry in node.metadata_props}
+    scopes = json.loads(metadata[_SCOPES].replace("'", '"')) if _SCOPES in metadata else []
+    module = next((s for s in reversed(scopes[:-1]) if s), "").removeprefix(_WRAPPED)
+    if module.strip("."):
+        return module.strip(".")
+    line = _GRAPH_LINE.search(metadata.get(_TRACE, ""))
+    return line.group(1) if line else ""

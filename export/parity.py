@@ -1,0 +1,113 @@
+"""Agreement of two executions, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffcr_compile.errors import AccuracyError
+from diffcr_compile.runtime.backend import make_session
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """How far one execution is from another.
+
+    Attributes:
+        step: which two, for the reader: ``FROZEN -> ONNX Runtime``.
+        bucket: the timestep bucket; None if it is about all of them.
+        max_abs: largest absolute difference of finite values.
+        rel_l2: norm of the difference over the norm of what was expected.
+        cosine: of the two as vectors, 1 if both are zero.
+        non_finite: NaN and infinite values in what was found.
+        tolerance: allowed `max_abs`.
+        passed: within the tolerance, and every value finite.
+    """
+
+    step: str
+    bucket: int | None
+    max_abs: float
+    rel_l2: float
+    cosine: float
+    non_finite: int
+    tolerance: float
+    passed: bool
+
+
+def compare(
+    step: str,
+    found: Sequence[Any],
+    expected: Sequence[Any],
+    tolerance: float,
+    bucket: int | None = None,
+) -> Parity:
+    """Compare lists of arrays or tensors, in float64, all of a list as one vector.
+
+    Raises:
+        AccuracyError: the numbers of outputs or their shapes differ, so nothing can be compared.
+    """
+    left, right = [_float64(v) for v in found], [_float64(v) for v in expected]
+    shapes = [[a.shape for a in arrays] for arrays in (left, right)]
+    if shapes[0] != shapes[1]:
+        raise AccuracyError(
+            f"{step}{'' if bucket is None else f', bucket {bucket}'}: outputs of shapes "
+            f"{shapes[0]}, expected {shapes[1]}. The two do not compute the same thing."
+        )
+    got, want = _vector(left), _vector(right)
+    # A NaN that was expected too is no agreement: nothing useful can be said about such a model.
+    finite = np.isfinite(got) & np.isfinite(want)
+    non_finite = int(finite.size - finite.sum())
+    got, want = got[finite], want[finite]
+    difference = got - want
+    max_abs = float(np.abs(difference).max(initial=0.0))
+    return Parity(
+        step=step,
+        bucket=bucket,
+        max_abs=max_abs,
+        rel_l2=_ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(want))),
+        cosine=_cosine(got, want),
+        non_finite=non_finite,
+        tolerance=tolerance,
+        passed=non_finite == 0 and max_abs <= tolerance,
+    )
+
+
+def run_onnx(
+    path: Path, inputs: Mapping[str, Array], threads: int | None = None
+) -> list[Array]:
+    """Outputs of an ONNX file in ONNX Runtime on the CPU."""
+    session = make_session(path, threads=threads)
+    outputs: list[Array] = session.run(None, dict(inputs))
+    return outputs
+
+
+def _float64(value: Any) -> npt.NDArray[np.float64]:
+    if hasattr(value, "detach"):  # a tensor; bfloat16 has no numpy type, float64 has
+        value = value.detach().double().cpu().numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def _vector(arrays: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    return np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
+
+
+def _ratio(error: float, norm: float) -> float:
+    if error == 0:
+        return 0.0
+    # Not infinity: the figure goes into JSON.
+    return error / max(norm, float(np.finfo(np.float64).tiny) ** 0.5)
+
+
+def _cosine(got: npt.NDArray[np.float64], want: npt.NDArray[np.float64]) -> float:
+    norms = math.sqrt(float(got @ got)) * math.sqrt(float(want @ want))
+    if norms == 0:
+        return float(np.array_equal(got, want))
+    return float(np.clip(got @ want / norms, -1.0, 1.0))

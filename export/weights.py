@@ -1,0 +1,119 @@
+"""One file of weights under all graphs of an artifact (ONNX external data)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import onnx
+from onnx import ModelProto, TensorProto
+
+from diffcr_compile.errors import ArtifactError
+from diffcr_compile.manifest import PARTIAL_SUFFIX, atomic_write_bytes
+
+WEIGHTS_FILE = "weights.bin"
+# Smaller tensors stay in the graph: shape inference needs the small ones, and a reference to
+# external data costs about 80 bytes itself.
+INLINE_BYTES = 256
+# Tensors above this start on a page, so that a runtime can map them.
+LARGE_BYTES = 1 << 20
+PAGE, LINE = 4096, 64
+
+
+class WeightsWriter:
+    """Moves tensors of one graph after the other into a common file, each content once.
+
+    Use it as a context; the file appears under its name when the context ends well. Then no part of
+    it is ever in memory twice, however many graphs there are.
+
+    Args:
+        path: the weights file; graphs refer to it by its bare name, so they must lie beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._end = 0
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> WeightsWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+        if kind is None:
+            self._partial.replace(self.path)
+        else:
+            with contextlib.suppress(OSError):
+                self._partial.unlink()
+
+    def externalize(self, model: ModelProto) -> None:
+        """Replace the large initializers of `model` by references into the file, in place."""
+        for tensor in model.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                raise ArtifactError(
+                    f"initializer {tensor.name} already lies in another file; load it first"
+                )
+            data = _raw_bytes(tensor)
+            if len(data) >= INLINE_BYTES:
+                _refer(tensor, self.path.name, *self._place(data))
+
+    def _place(self, data: bytes) -> tuple[int, int]:
+        """(offset, length) of `data` in the file; written if it is new."""
+        key = hashlib.sha256(data).digest()
+        if key not in self._places:
+            assert self._file is not None
+            align = PAGE if len(data) > LARGE_BYTES else LINE
+            padding = -self._end % align
+            self._file.write(b"\0" * padding)
+            self._file.write(data)
+            self._places[key] = (self._end + padding, len(data))
+            self._end += padding + len(data)
+        return self._places[key]
+
+
+def write_shared_weights(
+    models: Mapping[str, ModelProto], folder: Path, weights_name: str = WEIGHTS_FILE
+) -> None:
+    """Write ``folder/<name>`` for each model, all over one file of weights.
+
+    Args:
+        models: file name -> model. The models are changed: their large tensors become references.
+        folder: made if it does not exist.
+        weights_name: name of the weights file in `folder`.
+    """
+    with WeightsWriter(folder / weights_name) as writer:
+        for model in models.values():
+            writer.externalize(model)
+    for name, model in models.items():
+        atomic_write_bytes(folder / name, model.SerializeToString(deterministic=True))
+
+
+def _raw_bytes(tensor: TensorProto) -> bytes:
+    if tensor.HasField("raw_data"):
+        return bytes(tensor.raw_data)
+    data: bytes = onnx.numpy_helper.to_array(tensor).tobytes()
+    return data
+
+
+def _refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    name, dims, kind = tensor.name, list(tensor.dims), tensor.data_type
+    tensor.Clear()
+    tensor.name, tensor.data_type, tensor.data_location = name, kind, TensorProto.EXTERNAL
+    tensor.dims.extend(dims)
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)

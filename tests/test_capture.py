@@ -1,0 +1,261 @@
+"""nn.Module -> CAPTURED: same call, same output bit for bit, the user's own parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffcr_compile.capture import capture
+from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.legality import find_blocks
+from diffcr_compile.program import Program, Stage, rebuild_call, run_flat, tensor_args
+from tests import models
+from tests.conftest import Case
+
+ALL = [*models.DIFFUSERS, "joint", "rotary", "masked", "nested", "keyword"]
+
+
+def _captured(example: models.Example) -> Program:
+    model, inputs = example
+    findings = find_blocks(model, (), inputs)
+    return capture(model, (), inputs, findings.blocks, findings.refused, findings.sample)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Equal type, structure and bits."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(found, expected)
+    if hasattr(expected, "to_tuple"):
+        return _same(found.to_tuple(), expected.to_tuple())
+    return all(_same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_graph_returns_what_the_model_returns(
+    name: str, cases: Callable[..., Case]
+) -> None:
+    case = cases(name)
+    with torch.no_grad():
+        expected = case.model(**case.inputs)
+        assert _same(case.captured.module(**case.inputs), expected)
+    assert case.captured.stage == Stage.CAPTURED
+    assert case.captured.batch == 2
+
+
+@pytest.mark.parametrize("name", [*models.DIFFUSERS, "joint", "masked", "nested"])
+def test_other_batch_sizes_are_exact_too(name: str, cases: Callable[..., Case]) -> None:
+    case = cases(name)
+    assert case.captured.dynamic_batch
+    for inputs in (_samples(case.inputs, [1]), _samples(case.inputs, [1, 0, 1, 1])):
+        with torch.no_grad():
+            assert _same(case.captured.module(**inputs), case.model(**inputs))
+
+
+def _samples(tree: Any, chosen: list[int]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _samples(value, chosen) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_samples(value, chosen) for value in tree]
+    return tree[chosen] if models.is_batched(tree) else tree
+
+
+def test_a_capture_of_one_sample_runs_on_more(cases: Callable[..., Case]) -> None:
+    case = cases("plain")
+    one = models.one_sample(case.inputs)
+    program = capture(case.model, (), one, case.findings.blocks)
+    assert program.batch == 1
+    with torch.no_grad():
+        assert _same(program.module(**one), case.model(**one))
+        assert _same(program.module(**case.inputs), case.model(**case.inputs))
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "rotary"])
+def test_every_parameter_is_the_users_own(name: str, cases: Callable[..., Case]) -> None:
+    case = cases(name)
+    own = dict(case.model.named_parameters())
+    for key, parameter in case.captured.module.named_parameters():
+        assert parameter is own[key]
+    used = {key for key, _ in case.captured.module.named_parameters()}
+    unused = own.keys() - used
+    assert not unused, unused
+    for spec in case.captured.blocks:
+        block = case.captured.module.get_submodule(spec.name)
+        assert block is case.model.get_submodule(spec.name)
+
+
+def test_training_the_graph_trains_the_model() -> None:
+    model, inputs = models.plain()
+    program = _captured((model, inputs))
+    program.module(**inputs).square().sum().backward()
+    assert model.embed.patch.weight.grad is not None
+    assert model.blocks[0].attention.qkv.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["dit", "nested"])
+def test_each_block_is_one_node_and_the_rest_is_aten(
+    name: str, cases: Callable[..., Case]
+) -> None:
+    case = cases(name)
+    called = [n.target for n in case.captured.graph.nodes if n.op == "call_module"]
+    assert called == [spec.name for spec in case.captured.blocks]
+    kinds = {type(n.target) for n in case.captured.graph.nodes if n.op == "call_function"}
+    assert kinds <= {torch._ops.OpOverload, type(_same), type(len)}  # ATen, and getitem
+
+
+def test_positional_and_keyword_calls_are_the_same(cases: Callable[..., Case]) -> None:
+    case = cases("dit")
+    given = case.inputs
+    with torch.no_grad():
+        expected = case.model(**given)
+        found = case.captured.module(
+            given["hidden_states"], given["timestep"], class_labels=given["class_labels"]
+        )
+    assert _same(found, expected)
+
+
+def test_positional_examples_make_the_same_graph() -> None:
+    model, inputs = models.joint()
+    values = (inputs["x"], inputs["t"])
+    findings = find_blocks(model, values, {"text": inputs["text"]})
+    program = capture(
+        model, values, {"text": inputs["text"]}, findings.blocks, sample=findings.sample
+    )
+    assert program.sample_input == "x"
+    assert program.timestep_input == "t"
+    with torch.no_grad():
+        assert _same(program.module(**inputs), model(**inputs))
+
+
+def test_run_flat_and_rebuild_call_take_placeholder_names(cases: Callable[..., Case]) -> None:
+    case = cases("nested")
+    signature = case.captured.signature
+    assert list(signature.inputs) == ["inputs_x", "inputs_t", "inputs_conditions_0"]
+    assert case.captured.sample_input == "inputs_x"
+    call = rebuild_call(signature, case.captured.example)
+    assert call["inputs"]["conditions"][0] is case.captured.example["inputs_conditions_0"]
+    with torch.no_grad():
+        flat = run_flat(case.captured, case.captured.example)
+        expected = case.model(**case.inputs)
+    assert len(flat) == 2
+    assert _same(tuple(flat), tuple(expected))
+
+
+def test_keyword_inputs_of_a_variadic_model_are_inputs(cases: Callable[..., Case]) -> None:
+    case = cases("keyword")
+    other = {**case.inputs, "t": case.inputs["t"] + 0.3}
+    with torch.no_grad():
+        expected = case.model(**other)
+        assert _same(case.captured.module(**other), expected)
+        assert not torch.equal(expected, case.model(**case.inputs))
+        flat = run_flat(case.captured, case.captured.signature.tensors((), other))
+    assert torch.equal(flat[0], expected)
+
+
+def test_variadic_positional_inputs_are_refused_in_words() -> None:
+    model, inputs = models.StarDiT().eval(), models.inputs_for()
+    with pytest.raises(CaptureError, match=r"takes \*more; pass its inputs by keyword"):
+        capture(model, (inputs["x"], inputs["t"]), {}, ())
+
+
+def test_a_branch_on_data_is_a_capture_error() -> None:
+    with pytest.raises(CaptureError) as caught:
+        _captured(models.branch())
+    assert "torch.export cannot trace BranchDiT" in str(caught.value)
+    assert "branches on tensor values" in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("wrong", [{"x": None}, {"y": torch.zeros(2)}, {}])
+def test_inputs_that_do_not_fit_are_a_usage_error(wrong: dict[str, Any]) -> None:
+    model, inputs = models.plain()
+    with pytest.raises(UsageError, match=r"do not fit OwnDiT\.forward"):
+        capture(model, (inputs["x"], inputs["x"], inputs["x"]), wrong, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"return_dict": False}, "return_dict is False, but the model was captured with True"),
+        (
+            {"cross_attention_kwargs": {"scale": 0.5}},
+            r"cross_attention_kwargs is \{'scale': 0.5\}",
+        ),
+    ],
+)
+def test_a_constant_that_changes_is_refused(
+    change: dict[str, Any], named: str, cases: Callable[..., Case]
+) -> None:
+    case = cases("dit")
+    with pytest.raises(UsageError, match=named):
+        case.captured.module(**case.inputs, **change)
+
+
+def test_a_nested_constant_that_changes_is_refused(cases: Callable[..., Case]) -> None:
+    case = cases("nested")
+    with pytest.raises(
+        UsageError, match=r"scale is 2\.0, but the model was captured with 1\.0"
+    ):
+        case.captured.module(**case.inputs, scale=2.0)
+    pixart = cases("pixart")
+    other = {**pixart.inputs, "added_cond_kwargs": {"resolution": 1, "aspect_ratio": None}}
+    with pytest.raises(UsageError, match=r"added_cond_kwargs\['resolution'\] is 1, but"):
+        pixart.captured.module(**other)
+
+
+def test_a_constant_of_the_example_is_checked_not_its_default(
+    cases: Callable[..., Case],
+) -> None:
+    case = cases("nested")
+    given = {**case.inputs, "scale": 2.0}
+    program = capture(case.model, (), given, case.findings.blocks)
+    with torch.no_grad():
+        assert _same(program.module(**given), case.model(**given))
+        with pytest.raises(UsageError, match=r"scale is 1\.0, but"):
+            program.module(**case.inputs)
+
+
+def test_run_flat_refuses_missing_and_unknown_inputs(cases: Callable[..., Case]) -> None:
+    case = cases("dit")
+    tensors = dict(case.captured.example)
+    label = tensors.pop("class_labels")
+    for wrong in (tensors, {**tensors, "labels": label}):
+        with pytest.raises(UsageError, match="the graph takes the inputs"):
+            tensor_args(case.captured, wrong)
+
+
+def test_refused_blocks_are_inlined_and_reported() -> None:
+    program = _captured(models.twice())
+    assert [refusal.block for refusal in program.refused] == ["blocks.0"]
+    assert [n.target for n in program.graph.nodes if n.op == "call_module"] == ["blocks.1"]
+
+
+def test_a_model_without_routable_blocks_still_captures_exactly() -> None:
+    for example in (models.no_container(), models.window()):
+        model, inputs = example
+        program = _captured(example)
+        with torch.no_grad():
+            assert _same(program.module(**inputs), model(**inputs))
+        assert not [n for n in program.graph.nodes if n.op == "call_module"]
+
+
+@dataclasses.dataclass
+class Packed:
+    x: torch.Tensor
+
+
+def test_an_input_that_is_no_plain_structure_is_refused() -> None:
+    class PackedDiT(models.OwnDiT):
+        def forward(self, packed: Packed, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(packed.x, t)
+
+    inputs = models.inputs_for()
+    model: nn.Module = PackedDiT().eval()
+    with pytest.raises(CaptureError):
+        capture(model, (Packed(inputs["x"]), inputs["t"]), {}, ())

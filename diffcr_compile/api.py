@@ -39,6 +39,7 @@ from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.runtime import Runner, load
+from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import (
     CostTable,
     KeepRatios,
@@ -546,7 +547,7 @@ def _evaluated(space: Workspace, key: str, evaluate: Evaluate | None) -> dict[st
     if not (space.finished("quality", key) and path.exists()):
         with space.stage("quality", key):
             runner = load(space.folder)
-            dense = bench.DenseRunner(space.folder / "baseline/dense.onnx")
+            dense = DenseRunner(space.folder / "baseline/dense.onnx")
             _write_json(path, evaluate(dense, runner, space.folder / "report"))
     found: dict[str, Any] = json.loads(path.read_text())
     return found

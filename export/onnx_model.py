@@ -128,14 +128,20 @@ def _torch_export(program: Program) -> ModelProto:
                 optimize=True,
             )
     except Exception as error:
-        text = " ".join(str(error).split())[:600]
         raise UnsupportedModelError(
-            f"torch.onnx.export failed on the {program.stage.name} graph: "
-            f"{type(error).__name__}: {text}. Replace the op that it names by plain torch ops."
+            f"torch.onnx.export failed on the {program.stage.name} graph: {_root_cause(error)}. "
+            "Replace the op that it names by plain torch ops."
         ) from error
     assert made is not None
     model: ModelProto = made.model_proto
     return model
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message: the exporter wraps it in pages about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
 @contextlib.contextmanager

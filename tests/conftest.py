@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffcr_compile.capture import capture
 from diffcr_compile.legality import Findings, find_blocks
@@ -25,6 +26,21 @@ from diffcr_compile.program import Program, selector_name
 from diffcr_compile.routing import Gate, TokenSelector
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from tests import models
+
+# The graph runs the batch at once and in another token order (best first, not by position) than
+# the slow loop, so sums are taken in another order: fp32 rounding, not a tolerance for mistakes.
+# A single wrong token would be off by 0.1 and more.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def flat(output: Any) -> list[Tensor]:
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def equal(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,10 @@ def run_calibration(
         )
     check_budget(costs, budget)
     by_bucket = states.by_bucket(buckets)
+    if config.train == "all":
+        own_weights(
+            program.module
+        )  # first of all: it replaces the modules that others hold on to
     run = _Run(
         program,
         states,
@@ -160,8 +164,6 @@ class _Run:
         learner: RatioLearner,
     ) -> None:
         self.program, self.states, self.config, self.learner = program, states, config, learner
-        if config.train == "all":
-            own_weights(program.module)
         # While ratios are learned, two_bin needs its second branch; at a fixed schedule nobody does.
         self.learning = (
             run_passes(program, [BlendTwoBins()]) if config.estimator == "two_bin" else program

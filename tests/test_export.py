@@ -655,6 +655,16 @@ def test_golden_timesteps_lie_in_the_middle_of_their_buckets(
         assert compare("", outputs, expected, 0.0).passed  # the same kernels ran
 
 
+def test_with_one_bucket_the_golden_inputs_are_the_example(
+    cases: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = cases("plain")  # its bucket is (0, 1000], its timesteps lie below 1
+    program = case.frozen(mixed_column(case))
+    write([program], tmp_path)
+    inputs, _ = read_golden(tmp_path / "golden/bucket_00.safetensors")
+    np.testing.assert_array_equal(inputs["t"], program.example["t"].numpy())
+
+
 def test_the_second_bucket_costs_only_its_graph(
     artifact: tuple[list[Program], Path], cases: Callable[..., Case], tmp_path: Path
 ) -> None:

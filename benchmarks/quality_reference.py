@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality_reference                 # an hour on two CPU cores
     python -m benchmarks.quality_reference --smoke         # seconds, checks that it runs
+    python -m benchmarks.quality_reference --part 0/2      # and 1/2 beside it: one process a core
 
 Variants, all calibrated alike (same states, steps, learning rates, all weights trained):
 
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps of the evaluation")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/quality_reference"))
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th job only, for n processes")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
@@ -155,16 +157,20 @@ def main() -> None:
     labels = torch.arange(args.samples) % demo.NUM_CLASSES
     routed = dcr.route(demo.load_reference_dit(), demo.example_inputs())
     dense_images = sample(dcr.freeze(routed, keep_ratio=1.0), args.samples, args.steps)
-    runs = []
-    for seed in range(args.seeds):
-        for variant in VARIANTS:
-            path = args.work / f"{variant}_{seed}.json"
-            if not path.exists():
-                path.write_text(
-                    json.dumps(run_variant(variant, seed, states, args, dense_images))
-                )
-            runs.append(json.loads(path.read_text()))
-            print({k: v for k, v in runs[-1].items() if k != "schedule"}, flush=True)
+    jobs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
+    part, parts = map(int, args.part.split("/"))
+    for variant, seed in jobs[part::parts]:
+        path = args.work / f"{variant}_{seed}.json"
+        if not path.exists():
+            run = run_variant(variant, seed, states, args, dense_images)
+            path.write_text(json.dumps(run))
+            print({k: v for k, v in run.items() if k != "schedule"}, flush=True)
+    paths = [args.work / f"{variant}_{seed}.json" for variant, seed in jobs]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        print(f"left to the other parts: {missing}")
+        return
+    runs = [json.loads(path.read_text()) for path in paths]
     floor = load_real_statistics().floor(args.samples)
     report = {
         "metric": METRIC,

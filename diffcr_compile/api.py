@@ -120,9 +120,7 @@ def inspect(
         program = _capture(model, args, kwargs, findings)
     except (CaptureError, UsageError) as error:
         return Plan(lines, refused, None, str(error))
-    return Plan(
-        lines, refused, measure_costs(program, config.multiple_of, config.min_keep_ratio)
-    )
+    return Plan(lines, refused, _costs(program, config))
 
 
 def route(
@@ -183,7 +181,7 @@ def calibrate(
     config = config or CompileConfig()
     program = _of(routed, Stage.ROUTED)
     share = parse_budget(budget)
-    costs = measure_costs(program, config.routing.multiple_of, config.routing.min_keep_ratio)
+    costs = _costs(program, config.routing)
     check_budget(costs, share)
     states = _states(program, data, config, sampler, conditions, folder, progress)
 
@@ -299,9 +297,7 @@ def compile(
         with space.stage("route", identity):
             routed = _route(dense, config.routing, config.calibration.seed)
             ladder = [_all_kept_parity(dense, routed)]
-            costs = measure_costs(
-                routed, config.routing.multiple_of, config.routing.min_keep_ratio
-            )
+            costs = _costs(routed, config.routing)
             check_budget(costs, share)
         key = fingerprint(
             identity, share, config.model_dump(exclude={"export"}), data is not None
@@ -393,6 +389,12 @@ def _of(graph: object, stage: Stage) -> Program:
         made_by = {Stage.ROUTED: "route", Stage.FROZEN: "freeze"}[stage]
         raise UsageError(f"expected a {stage.name} graph from dcr.{made_by}(), got {found}")
     return graph.program
+
+
+def _costs(program: Program, config: RoutingConfig) -> CostTable:
+    return measure_costs(
+        program, config.multiple_of, config.min_keep_ratio, config.max_keep_ratio
+    )
 
 
 def _buckets(config: RoutingConfig) -> TimestepBuckets:
@@ -676,7 +678,7 @@ def _result_from_json(
     return CalibrationResult(
         KeepRatios(tuple(schedule.kept_tokens), np.array(data["keep_ratios"])),
         schedule,
-        measure_costs(routed, config.routing.multiple_of, config.routing.min_keep_ratio),
+        _costs(routed, config.routing),
         tuple(data["history"]),
         dict(data["explained"]),
     )

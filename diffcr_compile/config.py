@@ -36,6 +36,12 @@ class RoutingConfig(_Section):
     min_keep_ratio: float = Field(
         default=0.125, gt=0, le=1, description="smallest keep ratio of a block"
     )
+    max_keep_ratio: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="a block that would keep more than this keeps all: routing costs about as much as it saves",
+    )
 
 
 class RolloutConfig(_Section):
@@ -49,7 +55,7 @@ class RolloutConfig(_Section):
 class CalibrationConfig(_Section):
     """The short fine-tune that learns routers and keep ratios."""
 
-    steps: int = Field(default=300, ge=0, description="training steps")
+    steps: int = Field(default=240, ge=0, description="training steps")
     batch: int = Field(
         default=24, ge=1, description="states per step, all of one timestep bucket"
     )

@@ -21,23 +21,28 @@ from diffcr_compile.routing import Selection, gather_tokens
 from diffcr_compile.schedule import CostTable
 
 
-def keep_levels(num_tokens: int, multiple_of: int, min_keep_ratio: float) -> tuple[int, ...]:
-    """Allowed kept tokens of a block: multiples of `multiple_of` in [min_keep_ratio * N, N], and N."""
-    least = max(1, min_keep_ratio * num_tokens)
-    levels = [k for k in range(multiple_of, num_tokens, multiple_of) if k >= least]
+def keep_levels(
+    num_tokens: int, multiple_of: int, min_keep_ratio: float, max_keep_ratio: float = 1.0
+) -> tuple[int, ...]:
+    """Allowed kept tokens of a block: multiples of `multiple_of` between the two ratios, and N."""
+    least, most = max(1, min_keep_ratio * num_tokens), max_keep_ratio * num_tokens
+    levels = [k for k in range(multiple_of, num_tokens, multiple_of) if least <= k <= most]
     return (*levels, num_tokens)
 
 
-def measure_costs(program: Program, multiple_of: int, min_keep_ratio: float) -> CostTable:
+def measure_costs(
+    program: Program, multiple_of: int, min_keep_ratio: float, max_keep_ratio: float = 1.0
+) -> CostTable:
     """Count the MACs of every block at every allowed number of kept tokens, on fake tensors.
 
     Args:
         program: CAPTURED or ROUTED.
         multiple_of: kept tokens are multiples of this.
         min_keep_ratio: smallest keep ratio of a block, in (0, 1].
+        max_keep_ratio: largest keep ratio below 1.0.
     """
     levels = {
-        spec.name: keep_levels(spec.num_tokens, multiple_of, min_keep_ratio)
+        spec.name: keep_levels(spec.num_tokens, multiple_of, min_keep_ratio, max_keep_ratio)
         for spec in program.blocks
     }
     counter = _counter()

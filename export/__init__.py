@@ -12,21 +12,6 @@ Import it as ``diffcr_compile.export``. One room per step:
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from diffcr_compile.callable_package import make_callable
 
-
-class _CallablePackage(ModuleType):
-    """Lets ``dcr.export(frozen, "out/")`` and ``diffcr_compile.export.artifact`` be one name.
-
-    The public function and this folder are both called ``export``, and Python binds a subpackage to
-    that name in its parent whenever it is imported, whoever came first.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module("diffcr_compile.api").export(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallablePackage
+make_callable(__name__)

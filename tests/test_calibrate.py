@@ -1,0 +1,358 @@
+"""Ratios, warm start, rollouts and the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffcr_compile as dcr
+from diffcr_compile.calibrate.data import TeacherStates, label_states, roll_out
+from diffcr_compile.calibrate.loop import run_calibration
+from diffcr_compile.calibrate.ratios import RatioLearner
+from diffcr_compile.calibrate.samplers import FlowEuler, SchedulerSampler
+from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
+from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
+from diffcr_compile.macs import measure_costs
+from diffcr_compile.program import Program, run_flat
+from diffcr_compile.schedule import TimestepBuckets, cost_of
+from tests import models
+
+BUCKETS = TimestepBuckets.even(2)
+FAST = {"steps": 8, "batch": 4, "save_every": 2, "settle": 0.5}
+
+
+def labels(generator: torch.Generator, count: int) -> dict[str, torch.Tensor]:
+    return {"class_labels": torch.randint(0, 10, (count,), generator=generator)}
+
+
+@pytest.fixture(scope="module")
+def states(cases) -> TeacherStates:
+    config = RolloutConfig(trajectories=8, steps=4, batch=4)
+    return roll_out(cases("dit").captured, FlowEuler(4), config, labels, seed=0)
+
+
+def fresh() -> Program:
+    model, inputs = models.tiny_dit()
+    return dcr.route(model, inputs).program
+
+
+def calibrated(
+    program: Program, states: TeacherStates, folder: Path | None = None, **options: object
+):
+    config = CalibrationConfig(**{**FAST, **options})
+    costs = measure_costs(program, 8, 0.25)
+    return run_calibration(
+        program, states, config, costs, BUCKETS, 0.6, folder=folder, key="k"
+    )
+
+
+# ------------------------------------------------------------------------------- rollouts
+
+
+def test_rollout_is_the_samplers_trajectory(cases) -> None:
+    """Against an Euler loop written out here."""
+    program = cases("dit").captured
+    config = RolloutConfig(trajectories=2, steps=3, batch=2)
+    found = roll_out(program, FlowEuler(3), config, labels, seed=5)
+    generator = torch.Generator().manual_seed(5 * 100_003)
+    x = torch.randn(2, 1, 16, 16, generator=generator)
+    label = torch.randint(0, 10, (2,), generator=generator)
+    model, _ = models.tiny_dit()
+    row = 0
+    with torch.no_grad():
+        for t in (1.0, 2 / 3, 1 / 3):
+            assert torch.equal(found.inputs["hidden_states"][row : row + 2], x)
+            v = model(x, timestep=torch.full((2,), 1000 * t), class_labels=label).sample
+            torch.testing.assert_close(
+                found.target[row : row + 2], v, rtol=0, atol=1e-5
+            )  # t in fp32
+            x = x - found.target[row : row + 2] / 3
+            row += 2
+
+
+def test_rollout_shards_are_taken_up_again(cases, tmp_path: Path) -> None:
+    program = cases("dit").captured
+    config = RolloutConfig(trajectories=6, steps=2, batch=2)
+    seen: list[tuple[str, int, int]] = []
+    first = roll_out(program, FlowEuler(2), config, labels, 0, tmp_path)
+    (tmp_path / "rollouts_0001.safetensors").unlink()
+    again = roll_out(
+        program, FlowEuler(2), config, labels, 0, tmp_path, lambda *event: seen.append(event)
+    )
+    assert torch.equal(first.target, again.target)
+    assert seen == [("rollouts", i, 3) for i in (1, 2, 3)]
+
+
+def test_a_diffusers_scheduler_is_a_sampler() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    steps = 5
+    ours, theirs = (
+        FlowEuler(steps),
+        SchedulerSampler(FlowMatchEulerDiscreteScheduler(shift=1.0), steps),
+    )
+    x = torch.randn(2, 1, 4, 4)
+    state = theirs.start(x)
+    for index in range(steps):
+        state = theirs.step(torch.ones_like(x), index, state)
+    # Both integrate v = 1 over all of time; diffusers' grid ends at sigma 1/1000 before 0.
+    torch.testing.assert_close(state, x - 1, rtol=0, atol=1e-5)
+    assert len(theirs.timesteps) == len(ours.timesteps)
+
+
+def test_own_data_is_answered_by_the_dense_model(cases) -> None:
+    case = cases("dit")
+    found = label_states(case.captured, [dict(case.captured.example)])
+    assert torch.equal(found.target, run_flat(case.captured, case.captured.example)[0])
+    assert found.timesteps.tolist() == [300.0, 700.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 1, 8, 8)}, "hidden_states has shape"),
+        ({"hidden_states": torch.full((2, 1, 16, 16), math.nan)}, "NaN"),
+        ({"timestep": None}, "lacks the inputs"),
+    ],
+)
+def test_bad_data_is_refused(cases, change: dict, message: str) -> None:
+    program = cases("dit").captured
+    batch = {n: t for n, t in {**program.example, **change}.items() if t is not None}
+    with pytest.raises(UsageError, match=message):
+        label_states(program, [batch])
+
+
+def test_empty_data_and_empty_buckets_are_refused(cases, states: TeacherStates) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        label_states(cases("dit").captured, [])
+    with pytest.raises(UsageError, match="no training state has a timestep"):
+        states.by_bucket(TimestepBuckets((0.0, 1.0, 1000.0), (0.5, 0.5)))
+
+
+# --------------------------------------------------------------------------------- ratios
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**16), st.floats(0.35, 1.0))
+def test_projection_meets_the_budget_within_the_range(cases, seed: int, budget: float) -> None:
+    case = cases("dit")
+    costs = measure_costs(case.routed, 8, 0.25)
+    learner = RatioLearner(case.routed, costs, BUCKETS, two_bin=False)
+    values = np.random.default_rng(seed).uniform(0.25, 1.0, learner.values.shape)
+    learner.values = values
+    learner.project(budget)
+    assert np.all((learner.values >= 0.25) & (learner.values <= 1.0))
+    assert learner.cost() == pytest.approx(budget, abs=1e-6)
+    # one shift for all: those that hit no wall have moved equally
+    free = (learner.values > 0.25) & (learner.values < 1.0)
+    shifts = (values - learner.values)[free]
+    assert len(shifts) == 0 or np.ptp(shifts) < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.25, 0.5, 0.6, 1.0])
+def test_every_ratio_can_move_in_both_directions(
+    cases, states: TeacherStates, value: float
+) -> None:
+    """At the walls and at bin values too, the gradient of each ratio is alive."""
+    program = fresh()
+    learner = RatioLearner(program, measure_costs(program, 8, 0.25), BUCKETS, two_bin=False)
+    learner.values[:] = value
+    learner.attach(0)
+    inputs, _ = states.take(torch.arange(4), frozenset(states.inputs))
+    program.module.train()
+    run_flat(program, inputs)[0].square().mean().backward()
+    learner.step(0, lr=0.0)
+    assert np.all(learner.momentum[:, 0] != 0)
+    for direction in (-1, 1):
+        learner.values[:] = value
+        learner.momentum[:] = direction
+        learner.step(0, lr=0.01)
+        moved = learner.values[:, 0] - value
+        wall = value == (0.25 if direction == 1 else 1.0)
+        assert np.allclose(moved, 0 if wall else -0.01 * direction, atol=1e-3)
+
+
+def test_gradient_of_a_ratio_is_the_slope_of_the_loss(states: TeacherStates) -> None:
+    """Linear in the boundary weight, so a finite difference within a bin is exact."""
+    program = fresh()
+    costs = measure_costs(program, 8, 0.25)
+    learner = RatioLearner(program, costs, BUCKETS, two_bin=False)
+    inputs, target = states.take(torch.arange(4), frozenset(states.inputs))
+    program.module.eval()
+
+    def loss_at(ratio: float, block: int) -> torch.Tensor:
+        learner.values[:] = 0.55
+        learner.values[block, 0] = ratio
+        learner.attach(0)
+        return run_flat(program, inputs)[0].double().sub(target).square().mean()
+
+    for block, name in enumerate(learner.names):
+        loss_at(0.55, block).backward()
+        learner.momentum[:] = 0
+        learner.step(0, lr=0.0)
+        found = learner.momentum[block, 0] / 0.1  # one step of a mean with momentum 0.9
+        with torch.no_grad():
+            slope = (loss_at(0.55 + 2e-3, block) - loss_at(0.55 - 2e-3, block)) / 4e-3
+        assert found == pytest.approx(slope.item(), rel=0.05, abs=1e-6), name
+
+
+# ------------------------------------------------------------------------------ warm start
+
+
+def test_warm_start_is_the_ridge_regression(states: TeacherStates) -> None:
+    """Against numpy's least squares on rows collected by hand."""
+    program = fresh()
+    chosen = torch.arange(8)
+    explained = warm_start_routers(program, states, chosen, batch=4)
+    rows, sizes = [], []
+    block = program.module.get_submodule("transformer_blocks.1")
+
+    def collect(_: object, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        x, y = args[0].double(), output.double()
+        size = (y - x).norm(dim=2).log()
+        rows.append((x - x.mean(1, keepdim=True)).flatten(0, 1))
+        sizes.append((size - size.mean(1, keepdim=True)).flatten())
+
+    handle = block.register_forward_hook(collect, with_kwargs=True)
+    inputs, _ = states.take(chosen, frozenset(states.inputs))
+    with torch.no_grad():
+        run_flat(program, inputs)
+    handle.remove()
+    x, z = torch.cat(rows).numpy(), torch.cat(sizes).numpy()
+    ridge = 1e-3 * np.mean(np.diag(x.T @ x))
+    stacked = np.concatenate([x, math.sqrt(ridge) * np.eye(x.shape[1])])
+    expected = np.linalg.lstsq(stacked, np.concatenate([z, np.zeros(x.shape[1])]), rcond=None)[
+        0
+    ]
+    found = program.module.routers["transformer_blocks.1"].score.weight[0].detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # stored in fp32
+    assert 0 < explained["transformer_blocks.1"] <= 1
+
+
+# ------------------------------------------------------------------------------------ loop
+
+
+def test_calibration_learns_and_leaves_the_users_model_alone(states: TeacherStates) -> None:
+    model, inputs = models.tiny_dit()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    routed = dcr.route(model, inputs)
+    result = calibrated(routed.program, states, steps=40, lr_weights=2e-3)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    losses = [record["loss"] for record in result.history]
+    assert len(losses) == 40
+    # The first steps keep nearly all tokens, so compare within the settled part.
+    assert np.mean(losses[-6:]) < np.mean(losses[24:30])
+    assert result.schedule.reached <= 0.6
+    assert (
+        cost_of(result.costs, result.schedule) / result.costs.dense == result.schedule.reached
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "two_bin"},
+        {"train": "router"},
+        {"train": "ratio"},
+        {"learn_ratios": False},
+        {"steps": 0},
+    ],
+    ids=str,
+)
+def test_every_mode_meets_the_budget(states: TeacherStates, options: dict) -> None:
+    program = fresh()
+    weights = {n: p.clone() for n, p in program.module.named_parameters() if "router" not in n}
+    result = calibrated(program, states, **options)
+    assert 0.6 * 0.98 <= result.schedule.reached <= 0.6
+    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result.history)
+    moved = any(
+        not torch.equal(weights[n], p)
+        for n, p in program.module.named_parameters()
+        if n in weights
+    )
+    assert moved == (options.get("train", "all") == "all" and options.get("steps") != 0)
+    ratios = result.keep_ratios.values
+    assert (np.ptp(ratios) < 1e-9) == (options in ({"learn_ratios": False}, {"steps": 0}))
+
+
+def test_paper_gate_trains() -> None:
+    model, inputs = models.tiny_dit()
+    routed = dcr.route(model, inputs, make_config({"routing": {"gate": "paper"}}).routing)
+    config = RolloutConfig(trajectories=4, steps=4, batch=4)
+    found = roll_out(dcr.route(model, inputs).program, FlowEuler(4), config, labels, 0)
+    result = calibrated(routed.program, found)
+    assert result.schedule.reached <= 0.6
+
+
+def test_interrupted_run_ends_like_an_uninterrupted_one(
+    states: TeacherStates, tmp_path: Path
+) -> None:
+    whole = fresh()
+    expected = calibrated(whole, states)
+
+    class StopError(Exception):
+        pass
+
+    def stop(record: dict, _: int) -> None:
+        if record["step"] == 5:
+            raise StopError
+
+    costs = measure_costs(whole, 8, 0.25)
+    config = CalibrationConfig(**FAST)
+    with pytest.raises(StopError):
+        run_calibration(
+            fresh(), states, config, costs, BUCKETS, 0.6, folder=tmp_path, key="k", report=stop
+        )
+    resumed = fresh()
+    result = calibrated(resumed, states, tmp_path)
+    assert result.schedule == expected.schedule
+    assert [r["loss"] for r in result.history] == [r["loss"] for r in expected.history]
+    pairs = zip(
+        resumed.module.named_parameters(), whole.module.named_parameters(), strict=True
+    )
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == config.steps
+    assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_state_of_other_settings_is_not_taken_up(
+    states: TeacherStates, tmp_path: Path
+) -> None:
+    first = calibrated(fresh(), states, tmp_path)
+    costs = measure_costs(fresh(), 8, 0.25)
+    config = CalibrationConfig(**{**FAST, "seed": 1})
+    other = run_calibration(
+        fresh(), states, config, costs, BUCKETS, 0.6, folder=tmp_path, key="other"
+    )
+    assert other.history[0]["loss"] != first.history[0]["loss"]
+
+
+def test_damaged_state_is_refused(states: TeacherStates, tmp_path: Path) -> None:
+    calibrated(fresh(), states, tmp_path)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        calibrated(fresh(), states, tmp_path)
+
+
+def test_impossible_budget_names_the_smallest(states: TeacherStates) -> None:
+    program = fresh()
+    costs = measure_costs(program, 8, 0.25)
+    with pytest.raises(BudgetError, match="smallest reachable budget is") as caught:
+        run_calibration(program, states, CalibrationConfig(**FAST), costs, BUCKETS, 0.05)
+    assert caught.value.smallest == pytest.approx(costs.smallest_budget())
+
+
+def test_nan_loss_stops_with_the_step(states: TeacherStates) -> None:
+    broken = dataclasses.replace(states, target=torch.full_like(states.target, math.nan))
+    with pytest.raises(DiffCRError, match="step 1: the loss is nan"):
+        calibrated(fresh(), broken)

@@ -1,0 +1,59 @@
+"""MACs against formulas written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffcr_compile.macs import keep_levels, measure_costs
+
+
+def dit_block_macs(kept: int, width: int) -> int:
+    """One block of DiTTransformer2DModel: projections, QK and AV, feed-forward, modulation."""
+    projections = 4 * width * width * kept
+    attention = 2 * kept * kept * width
+    feed_forward = 8 * width * width * kept
+    modulation = 6 * width * width  # one vector per sample
+    embedding = 256 * width + width * width  # the block's own timestep embedder
+    return projections + attention + feed_forward + modulation + embedding
+
+
+def test_dit_blocks_cost_what_the_formula_says(cases) -> None:
+    case = cases("dit")
+    width, tokens = 32, 64
+    costs = measure_costs(case.captured, multiple_of=8, min_keep_ratio=0.25)
+    for name in case.names:
+        assert costs.levels[name] == (16, 24, 32, 40, 48, 56, 64)
+        for kept, macs in zip(costs.levels[name], costs.macs[name], strict=True):
+            router = tokens * width if kept < tokens else 0
+            assert macs == dit_block_macs(kept, width) + router
+    assert costs.dense == costs.outer + len(case.names) * dit_block_macs(tokens, width)
+
+
+def test_every_level_is_counted_even_where_the_fit_is_used(cases) -> None:
+    """Levels of the quadratic fit equal levels that are too few to fit, counted one by one."""
+    case = cases("flux")
+    many = measure_costs(case.captured, multiple_of=2, min_keep_ratio=0.1)
+    few = measure_costs(
+        case.captured, multiple_of=case.findings.blocks[0].num_tokens // 2, min_keep_ratio=0.1
+    )
+    for name in case.names:
+        for kept in few.levels[name]:
+            assert many.at(name, kept) == few.at(name, kept)
+
+
+def test_routed_and_captured_programs_cost_the_same(cases) -> None:
+    case = cases("sd3")
+    assert measure_costs(case.captured, 16, 0.25) == measure_costs(case.routed, 16, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "ratio", "expected"),
+    [
+        (64, 16, 0.25, (16, 32, 48, 64)),
+        (64, 16, 0.26, (32, 48, 64)),
+        (50, 16, 0.1, (16, 32, 48, 50)),
+        (8, 16, 0.1, (8,)),
+    ],
+)
+def test_levels(tokens: int, multiple: int, ratio: float, expected: tuple[int, ...]) -> None:
+    assert keep_levels(tokens, multiple, ratio) == expected

@@ -52,12 +52,14 @@ def main() -> None:
         app(standalone_mode=False)
     except DiffCRError as error:
         errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         command = " ".join(["diffcr", *sys.argv[1:]])
         errors.print(
-            f"Interrupted. What is finished is kept; go on with:  {command}", markup=False
+            f"Interrupted. What is finished is kept; go on with:  {command}",
+            markup=False,
+            soft_wrap=True,
         )
         sys.exit(INTERRUPTED)
     except Exception as error:

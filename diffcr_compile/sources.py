@@ -105,10 +105,10 @@ def _load_component(folder: Path, component: str) -> nn.Module:
 
     try:
         if (folder / "model_index.json").exists():
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
             model = getattr(pipeline, component or "transformer", None)
         else:
-            model = AutoModel.from_pretrained(folder, local_files_only=True)
+            model = AutoModel.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder} is no model or pipeline saved by diffusers: {error}"

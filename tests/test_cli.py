@@ -1,0 +1,188 @@
+"""Commands, their output and their exit codes, in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffcr_compile import cli
+from tests import models
+
+SMALL = [
+    "--set", "routing.buckets=2", "--set", "routing.multiple_of=8", "--set", "rollouts.trajectories=4",
+    "--set", "rollouts.steps=4", "--set", "calibration.steps=4", "--set", "calibration.batch=4",
+]  # fmt: skip
+
+
+def tiny() -> Any:
+    return models.tiny_dit()
+
+
+def unroutable() -> Any:
+    return models.convolution()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of ``diffcr arguments``."""
+    monkeypatch.setattr(sys, "argv", ["diffcr", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "out"
+    patch = pytest.MonkeyPatch()
+    code = run(
+        patch,
+        "compile",
+        "python:tests.test_cli:tiny",
+        "-o",
+        str(folder),
+        "--budget",
+        "70%",
+        *SMALL,
+    )
+    patch.undo()
+    assert code == 0
+    return folder
+
+
+def test_compile_writes_the_artifact(out: Path) -> None:
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"manifest.json", "model", "calibration", "onnx", "golden", "report"}
+    assert {p.name for p in (out / "onnx").iterdir()} >= {"bucket_00.onnx", "weights.bin"}
+
+
+def test_validate_show_bench_and_report(out: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert run(monkeypatch, "validate", str(out), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["bucket"] for row in rows] == list(range(len(rows)))
+    assert all(row["max_abs"] <= 1e-4 and row["non_finite"] == 0 for row in rows)
+    assert run(monkeypatch, "show", str(out), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["schedule"].keys() == {
+        f"transformer_blocks.{i}" for i in range(3)
+    }
+    assert run(monkeypatch, "bench", str(out), "--steps", "4", "--repeats", "2", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["conditions"]["pair_ratios"]) == 2
+    (out / "report/report.html").unlink()
+    assert run(monkeypatch, "report", str(out)) == 0
+    assert (out / "report/report.html").exists()
+
+
+def test_inspect_says_what_is_routed_and_refused(monkeypatch: Any, capsys: Any) -> None:
+    assert run(monkeypatch, "inspect", "python:tests.test_cli:tiny", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["blocks"]) == 3
+    assert plan["macs_dense"] > plan["macs_outer"] > 0
+    assert run(monkeypatch, "inspect", "python:tests.test_cli:unroutable") == 0
+    assert "refused" in capsys.readouterr().out
+
+
+def test_unroutable_model_leaves_with_3_and_reasons(
+    monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    code = run(
+        monkeypatch, "compile", "python:tests.test_cli:unroutable", "-o", str(tmp_path / "o")
+    )
+    assert code == 3
+    assert "blocks.0: " in capsys.readouterr().err
+
+
+def test_small_budget_leaves_with_2_and_names_the_smallest(
+    monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    arguments = (
+        "compile",
+        "python:tests.test_cli:tiny",
+        "-o",
+        str(tmp_path / "o"),
+        "--budget",
+        "5%",
+    )
+    assert run(monkeypatch, *arguments) == 2
+    assert "smallest reachable budget is" in " ".join(capsys.readouterr().err.split())
+
+
+def test_changed_file_leaves_with_7(
+    out: Path, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    weights = copy / "onnx/weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(bytes(data))
+    for command in ("validate", "bench"):
+        assert run(monkeypatch, command, str(copy)) == 7
+        assert "weights.bin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("compile", "nonsense"), "MODEL must be"),
+        (("compile", "python:no.such:thing"), "cannot be imported"),
+        (("compile", "diffusers:/nowhere"), "--inputs"),
+        (("compile", "demo", "--set", "calibration.stepz=3"), "stepz"),
+        (("compile", "demo", "--set", "calibration.steps"), "key=value"),
+        (("compile", "demo", "--budget", "lots"), "budget must be like"),
+        (("report", "/nowhere"), "does not exist"),
+        (("demo", "--no-such-option"), "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_usage_errors_leave_with_2(
+    arguments: tuple[str, ...], words: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_artifact_leaves_with_7(monkeypatch: Any, tmp_path: Path) -> None:
+    assert run(monkeypatch, "validate", str(tmp_path)) == 7
+
+
+def test_doctor_lists_what_is_missing(monkeypatch: Any, capsys: Any) -> None:
+    assert run(monkeypatch, "doctor", "--json") == 0
+    rows = {row["name"]: row["version"] for row in json.loads(capsys.readouterr().out)}
+    assert rows["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
+    monkeypatch: Any, capsys: Any
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert run(monkeypatch, "demo", "-o", "somewhere") == 130
+    assert "diffcr demo -o somewhere" in capsys.readouterr().err
+
+
+def test_diffusers_folder_with_inputs(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, inputs = models.tiny_dit()
+    model.save_pretrained(tmp_path / "saved")
+    save_file(dict(inputs), tmp_path / "inputs.safetensors")
+    arguments = (
+        "inspect",
+        f"diffusers:{tmp_path / 'saved'}",
+        "--inputs",
+        str(tmp_path / "inputs.safetensors"),
+        "--json",
+    )
+    assert run(monkeypatch, *arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["blocks"]) == 3

@@ -146,7 +146,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps of the evaluation")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/quality_reference"))
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th job only, for n processes")
+    parser.add_argument(
+        "--part", default="0/1", help="i/n: every n-th job only, for n processes"
+    )
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:

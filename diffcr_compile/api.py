@@ -36,7 +36,14 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
-from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
+from diffcr_compile.program import (
+    DiTGraph,
+    Program,
+    Stage,
+    run_flat,
+    selector_name,
+    with_batch,
+)
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.dense import DenseRunner
@@ -293,7 +300,7 @@ def compile(
     with Workspace(Path(out)) as space:
         identity = fingerprint(_weights_hash(model), name, _shapes(example_inputs))
         with space.stage("capture", identity):
-            dense = _captured(model, example_inputs)
+            dense = with_batch(_captured(model, example_inputs), config.export.batch)
         with space.stage("route", identity):
             routed = _route(dense, config.routing, config.calibration.seed)
             ladder = [_all_kept_parity(dense, routed)]
@@ -309,7 +316,7 @@ def compile(
             frozen = [graph.program for graph in freeze(routed.module, result)]
             ladder += [_frozen_parity(routed, program) for program in frozen]
         manifest = _exported(space, key, frozen, name, config, progress)
-        _dense_exported(space, identity, dense)
+        _dense_exported(space, fingerprint(identity, config.export.batch), dense)
         ladder += [_onnx_rung(row) for row in manifest.parity["buckets"]]
         compiled = Compiled(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
@@ -568,10 +575,10 @@ def _reported(
     folder = space.subfolder("report")
     with space.stage("report", "always"):
         report = build_report(compiled, config, speed, quality, space.folder)
-        report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
-        _write_json(folder / "report.json", report)
         write_keep_map(report, folder / "keep_map.png")
-        write_html(report, folder)
+    report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
+    _write_json(folder / "report.json", report)
+    write_html(report, folder)
     return report
 
 

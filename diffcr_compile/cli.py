@@ -84,13 +84,15 @@ def demo(
     from diffcr_compile.reference import demo as reference
 
     settings = _settings(config, set_)
-    batch = 8
+    batch = settings.export.batch or reference.BATCH
+    export = settings.export.model_copy(update={"batch": batch})
+    settings = settings.model_copy(update={"export": export})
     started = time.monotonic()
     with _progress() as progress:
         artifact = dcr.compile(
             reference.load_reference_dit(),
             out,
-            example_inputs=reference.example_inputs(batch),
+            example_inputs=reference.example_inputs(),
             budget=budget,
             config=settings,
             conditions=reference.draw_labels,

@@ -100,6 +100,11 @@ class CalibrationConfig(_Section):
 class ExportConfig(_Section):
     """ONNX files."""
 
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="batch size of the static graphs; null is the example's",
+    )
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )

@@ -8,6 +8,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -131,6 +132,27 @@ class Program:
     def block(self, name: str) -> BlockSpec:
         """The spec of a routable block."""
         return next(spec for spec in self.blocks if spec.name == name)
+
+
+def with_batch(program: Program, batch: int | None) -> Program:
+    """The same program for another batch size; None leaves it.
+
+    Raises:
+        UsageError: the graph was captured with a fixed batch.
+    """
+    if batch is None or batch == program.batch:
+        return program
+    if not program.dynamic_batch:
+        raise UsageError(
+            f"the model's graph is fixed to batch {program.batch}, {batch} was asked for; give "
+            f"example inputs with batch {batch} instead"
+        )
+    rows = torch.arange(batch) % program.batch
+    example = {
+        name: t[rows] if t.ndim > 0 and t.shape[0] == program.batch else t
+        for name, t in program.example.items()
+    }
+    return dataclasses.replace(program, example=example).attached()
 
 
 def batch_size(example: Mapping[str, Tensor]) -> int:

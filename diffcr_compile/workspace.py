@@ -48,6 +48,7 @@ class Workspace:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise UsageError(
                 f"another diffcr run is at work in {folder}; wait for it or name another folder"
             ) from None

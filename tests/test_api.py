@@ -271,3 +271,12 @@ def test_public_names_survive_the_import_of_packages_of_the_same_name() -> None:
         "    else: raise SystemExit('no error')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_graphs_may_have_another_batch_than_the_example(tmp_path: Path) -> None:
+    model, inputs = models.tiny_dit()
+    config = make_config({**SETTINGS, "export": {"batch": 3}})
+    out = dcr.compile(
+        model, tmp_path / "o", example_inputs=inputs, budget="60%", config=config
+    )
+    assert {spec["shape"][0] for spec in out.manifest.inputs} == {3}

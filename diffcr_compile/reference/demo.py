@@ -19,6 +19,7 @@ from diffcr_compile.runtime.sampler import euler_flow
 WEIGHTS = "dit.safetensors"
 NAME = "reference DiT (Fashion-MNIST, 256 tokens)"
 SAMPLE_SEED = 20_26
+BATCH = 32  # of the exported graphs
 NUM_CLASSES = NULL_LABEL
 
 
@@ -35,7 +36,7 @@ def load_reference_dit() -> nn.Module:
     return model.eval()
 
 
-def example_inputs(batch: int = 8) -> dict[str, Tensor]:
+def example_inputs(batch: int = 2) -> dict[str, Tensor]:
     """Inputs of the reference DiT: noise (batch, 1, 32, 32), timesteps in (0, 1000], labels 0..9."""
     generator = torch.Generator().manual_seed(0)
     return {

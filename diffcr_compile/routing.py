@@ -36,7 +36,7 @@ class TokenRouter(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, N, C) -> (B, N)
-        logits: Tensor = self.score(tokens.float())[..., 0]
+        logits: Tensor = self.score(tokens.float()).squeeze(-1)
         return logits
 
 

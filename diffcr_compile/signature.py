@@ -90,6 +90,9 @@ class CallCodeGen(_PyTreeCodeGen):
         super().__init__(_PyTreeInfo(names, signature.out_spec, signature.out_spec))
         self.signature = signature
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallCodeGen:
+        return CallCodeGen(self.signature)  # immutable, so every copy of a graph may share it
+
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         lines = [f"def {self._func_name}({self._parameters()}){maybe_return_annotation}:"]
         names = [

@@ -323,6 +323,10 @@ def compile(
         )
         with space.stage("benchmark", key):
             speed = bench.sampling_loops(space.folder, sampler.timesteps)
+            # One thread has no waiting on others, so this pair shows the arithmetic alone.
+            speed["one_thread"] = bench.sampling_loops(
+                space.folder, sampler.timesteps, repeats=3, threads=1
+            )
         quality = _evaluated(space, key, evaluate)
         report = _reported(space, compiled, config, speed, quality)
     return Artifact(Path(out), manifest, report)

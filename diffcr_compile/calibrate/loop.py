@@ -137,7 +137,7 @@ def run_calibration(
             "bucket": bucket,
             "loss": loss,
             "budget": max(target, budget),
-            "reached": run.learner.cost(),
+            "reached": run.reached,
             "mean_keep_ratio": float(run.learner.values.mean()),
             "seconds": time.monotonic() - started,
         }
@@ -177,6 +177,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.explained: dict[str, float] = {}
         self.done = 0
+        self.reached = 1.0  # share of the dense MACs that the last step ran at
 
     def warm_start(self, by_bucket: list[Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -202,6 +203,7 @@ class _Run:
         if self.schedule is None:
             learner.project(target)
             learner.attach(bucket)
+            self.reached = learner.cost()
             program = self.learning
         else:
             learner.keep(self.schedule, bucket)
@@ -236,6 +238,7 @@ class _Run:
             self.learned, self.learner.costs, self.learner.buckets, budget
         )
         self.learner.values = self.schedule.ratios().values
+        self.reached = self.learner.cost()
 
     def finish(self, folder: Path | None) -> CalibrationResult:
         """Put the averaged weights in, keep all tokens again, and say what was learned."""
@@ -297,6 +300,7 @@ class _Run:
         if facts["schedule"]:
             self.schedule = TokenSchedule.from_json(facts["schedule"])
             self.learned = KeepRatios(self.learner.names, tensors["learned"].numpy())
+            self.reached = self.learner.cost()
 
 
 def own_weights(module: DiTGraph) -> None:

@@ -31,7 +31,12 @@ from diffcr_compile.export.artifact import export_artifact, export_dense
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.legality import Findings, describe, find_blocks
 from diffcr_compile.macs import measure_costs
-from diffcr_compile.manifest import Manifest
+from diffcr_compile.manifest import (
+    Manifest,
+    read_manifest,
+    verify_artifact,
+    write_json_atomic,
+)
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
@@ -317,7 +322,7 @@ def compile(
             ladder += [_frozen_parity(routed, program) for program in frozen]
         manifest = _exported(space, key, frozen, name, config, progress)
         _dense_exported(space, fingerprint(identity, config.export.batch), dense)
-        ladder += [_onnx_rung(row) for row in manifest.parity["buckets"]]
+        ladder += [Parity(**row) for row in manifest.parity["buckets"]]
         compiled = Compiled(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )
@@ -482,7 +487,7 @@ def _calibrated(
         )
         space.subfolder("model")
         _save_trained(routed, weights, config)
-        _write_json(summary, _result_to_json(result))
+        write_json_atomic(summary, _result_to_json(result))
     return result
 
 
@@ -504,8 +509,6 @@ def _exported(
     config: CompileConfig,
     progress: Event | None,
 ) -> Manifest:
-    from diffcr_compile.manifest import read_manifest, verify_artifact
-
     key = fingerprint(key, config.export.model_dump())
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
@@ -561,7 +564,7 @@ def _evaluated(space: Workspace, key: str, evaluate: Evaluate | None) -> dict[st
         with space.stage("quality", key):
             runner = load(space.folder)
             dense = DenseRunner(space.folder / "baseline/dense.onnx")
-            _write_json(path, evaluate(dense, runner, space.folder / "report"))
+            write_json_atomic(path, evaluate(dense, runner, space.folder / "report"))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -581,7 +584,7 @@ def _reported(
         report = build_report(compiled, config, speed, quality, space.folder)
         write_keep_map(report, folder / "keep_map.png")
     report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
-    _write_json(folder / "report.json", report)
+    write_json_atomic(folder / "report.json", report)
     write_html(report, folder)
     return report
 
@@ -617,10 +620,6 @@ def _frozen_parity(routed: Program, frozen: Program) -> Parity:
             selector.keep(selector.num_tokens)
     found = run_flat(frozen, frozen.example)
     return compare("ROUTED -> FROZEN", found, expected, 1e-5, bucket=frozen.bucket)
-
-
-def _onnx_rung(row: Mapping[str, Any]) -> Parity:
-    return Parity(**row)
 
 
 def _weights_hash(model: nn.Module) -> str:
@@ -693,9 +692,3 @@ def _result_from_json(
         tuple(data["history"]),
         dict(data["explained"]),
     )
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(data, indent=1))
-    temporary.replace(path)

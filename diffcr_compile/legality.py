@@ -33,6 +33,7 @@ from diffcr_compile.blocks import (
     map_leaves,
     show_path,
 )
+from diffcr_compile.cut import cut_arguments
 from diffcr_compile.routing import gather_tokens
 
 # In float64, legal blocks come out between 0 and 1e-15, 1e-7 where they compute in fp32 inside;
@@ -502,17 +503,7 @@ class _Trial:
         return gather_tokens(leaf, order, 1, self.stream.start, self.num_tokens, batched=True)
 
     def _cut(self, aligned: tuple[TokenAxis, ...], index: Tensor) -> Any:
-        axes = (self.stream, *aligned)
-
-        def cut(path: Path, leaf: Any) -> Any:
-            for axis in axes:
-                if axis.path == path:
-                    leaf = gather_tokens(
-                        leaf, index, axis.axis, axis.start, self.num_tokens, axis.batched
-                    )
-            return leaf
-
-        return map_leaves(self.tree, cut)
+        return cut_arguments(self.tree, (self.stream, *aligned), index, self.num_tokens)
 
 
 def _double(module: nn.Module) -> nn.Module:

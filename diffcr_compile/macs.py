@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffcr_compile.blocks import BlockSpec, get_leaf, leaves, map_leaves
+from diffcr_compile.blocks import BlockSpec, get_leaf, leaves
+from diffcr_compile.cut import cut_arguments
 from diffcr_compile.program import Program, selector_name, tensor_args
-from diffcr_compile.routing import Selection, gather_tokens
+from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
 
 
@@ -162,17 +163,9 @@ class _BlockCounter(fx.Interpreter):
     def _block_flops(self, spec: BlockSpec, args: Any, kwargs: Any, kept: int) -> float:
         stream: Tensor = get_leaf((args, kwargs), spec.stream.path)
         index = stream.new_zeros((stream.shape[0], kept), dtype=torch.int64)
-        axes = (spec.stream, *spec.aligned)
-
-        def cut(path: Any, leaf: Any) -> Any:
-            for axis in axes:
-                if axis.path == path:
-                    leaf = gather_tokens(
-                        leaf, index, axis.axis, axis.start, spec.num_tokens, axis.batched
-                    )
-            return leaf
-
-        cut_args, cut_kwargs = map_leaves((tuple(args), dict(kwargs)), cut)
+        cut_args, cut_kwargs = cut_arguments(
+            (tuple(args), dict(kwargs)), (spec.stream, *spec.aligned), index, spec.num_tokens
+        )
         before = self.counter.get_total_flops()
         super().call_module(spec.name, cut_args, cut_kwargs)
         return float(self.counter.get_total_flops() - before)

@@ -59,7 +59,10 @@ from diffcr_compile.schedule import (
     TokenSchedule,
     check_budget,
 )
+from diffcr_compile.vector_math import settle_vector_math
 from diffcr_compile.workspace import Workspace, fingerprint
+
+settle_vector_math()  # at import, because the user's model is often built after it
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Event = Callable[[str, int, int, Mapping[str, Any]], None]

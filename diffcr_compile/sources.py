@@ -14,6 +14,7 @@ from torch import nn
 
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.vector_math import settle_vector_math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ def load_case(source: str, inputs: Path | None) -> Case:
     Raises:
         UsageError: the source cannot be understood or found.
     """
+    settle_vector_math()
     kind, _, rest = source.partition(":")
     if source == "demo":
         return _demo_case()

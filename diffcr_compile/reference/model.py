@@ -6,6 +6,8 @@ from typing import Any
 
 from diffusers import DiTTransformer2DModel
 
+from diffcr_compile.vector_math import settle_vector_math
+
 NULL_LABEL = 10
 REFERENCE_CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -28,6 +30,7 @@ def new_reference_dit(sample_size: int = 32) -> DiTTransformer2DModel:
     Every block of this diffusers class owns a label embedder that drops labels on its own in
     training mode; that is switched off, so that all blocks of one forward see the same label.
     """
+    settle_vector_math()  # its position table is computed here
     model = DiTTransformer2DModel(**{**REFERENCE_CONFIG, "sample_size": sample_size})
     for block in model.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0

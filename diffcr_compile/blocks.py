@@ -43,6 +43,7 @@ class BlockSpec:
             index must serve the whole batch.
         removable: the image stream is the block's only output, so keep ratio 0 is the identity.
         error: permutation error found by the legality test (relative, float64).
+        members: the model's own blocks in a fused span; only the block itself otherwise.
     """
 
     name: str
@@ -54,6 +55,11 @@ class BlockSpec:
     shares_index: bool
     removable: bool
     error: float
+    members: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            object.__setattr__(self, "members", (self.name,))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

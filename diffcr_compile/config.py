@@ -25,6 +25,11 @@ class RoutingConfig(_Section):
         default="linear",
         description="'random' is the control: every token is as likely as any other",
     )
+    share_index: int = Field(
+        default=1,
+        ge=1,
+        description="consecutive blocks that work on the same tokens: routed once",
+    )
     buckets: int = Field(default=4, ge=1, le=64, description="timestep buckets of equal width")
     timestep_low: float = Field(
         default=0.0, description="smallest value of the model's timestep input"
@@ -35,6 +40,10 @@ class RoutingConfig(_Section):
     multiple_of: int = Field(default=16, ge=1, description="kept tokens are multiples of this")
     min_keep_ratio: float = Field(
         default=0.125, gt=0, le=1, description="smallest keep ratio of a block"
+    )
+    skip_blocks: bool = Field(
+        default=False,
+        description="a block may also be skipped altogether in a timestep bucket (keep ratio 0)",
     )
     max_keep_ratio: float = Field(
         default=0.9,

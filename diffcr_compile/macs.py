@@ -23,16 +23,30 @@ from diffcr_compile.schedule import CostTable
 
 
 def keep_levels(
-    num_tokens: int, multiple_of: int, min_keep_ratio: float, max_keep_ratio: float = 1.0
+    num_tokens: int,
+    multiple_of: int,
+    min_keep_ratio: float,
+    max_keep_ratio: float = 1.0,
+    *,
+    skip: bool = False,
 ) -> tuple[int, ...]:
-    """Allowed kept tokens of a block: multiples of `multiple_of` between the two ratios, and N."""
+    """Allowed kept tokens of a block: multiples of `multiple_of` between the two ratios, and N.
+
+    With `skip` also 0: the block is not run at all.
+    """
     least, most = max(1, min_keep_ratio * num_tokens), max_keep_ratio * num_tokens
     levels = [k for k in range(multiple_of, num_tokens, multiple_of) if least <= k <= most]
-    return (*levels, num_tokens)
+    return (*([0] if skip else []), *levels, num_tokens)
 
 
 def measure_costs(
-    program: Program, multiple_of: int, min_keep_ratio: float, max_keep_ratio: float = 1.0
+    program: Program,
+    multiple_of: int,
+    min_keep_ratio: float,
+    max_keep_ratio: float = 1.0,
+    *,
+    skip_blocks: bool = False,
+    mode: FakeTensorMode | None = None,
 ) -> CostTable:
     """Count the MACs of every block at every allowed number of kept tokens, on fake tensors.
 
@@ -41,14 +55,22 @@ def measure_costs(
         multiple_of: kept tokens are multiples of this.
         min_keep_ratio: smallest keep ratio of a block, in (0, 1].
         max_keep_ratio: largest keep ratio below 1.0.
+        skip_blocks: blocks that can be removed may also keep no token at all.
+        mode: the mode of the program's tensors if they are fake already.
     """
     levels = {
-        spec.name: keep_levels(spec.num_tokens, multiple_of, min_keep_ratio, max_keep_ratio)
+        spec.name: keep_levels(
+            spec.num_tokens,
+            multiple_of,
+            min_keep_ratio,
+            max_keep_ratio,
+            skip=skip_blocks and spec.removable,
+        )
         for spec in program.blocks
     }
-    counter = _counter()
+    counter = flop_counter()
     interpreter = _BlockCounter(program, levels, counter)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad(), counter:
         interpreter.run(*(mode.from_tensor(t) for t in tensor_args(program, program.example)))
     batch = program.batch
@@ -71,7 +93,8 @@ def measure_costs(
     )
 
 
-def _counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """Counts floating-point operations, two per MAC, on real or fake tensors."""
     # The fused attention of the CPU is missing in torch's registry.
     fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={fused_cpu: _attention_flops})
@@ -82,13 +105,17 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def _router_macs(spec: BlockSpec, kept_tokens: int) -> float:
-    """One dot product of `width` per token, unless all are kept and no router is left."""
-    return 0.0 if kept_tokens == spec.num_tokens else float(spec.num_tokens * spec.width)
+    """One dot product of `width` per token, unless all or none are kept and no router is left."""
+    return float(spec.num_tokens * spec.width) if _is_routed(spec, kept_tokens) else 0.0
+
+
+def _is_routed(spec: BlockSpec, kept_tokens: int) -> bool:
+    return 0 < kept_tokens < spec.num_tokens
 
 
 def _moved_bytes(spec: BlockSpec, kept_tokens: int) -> float:
     """Gather reads and writes K rows, the scatter copies the stream and overwrites K rows."""
-    if kept_tokens == spec.num_tokens:
+    if not _is_routed(spec, kept_tokens):
         return 0.0
     rows = 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
     return 4.0 * spec.width * rows
@@ -144,7 +171,9 @@ class _BlockCounter(fx.Interpreter):
         Linear layers cost a * K and attention b * K^2, so three counts give all levels; a fourth
         checks that, and a block that costs otherwise is counted level by level.
         """
-        levels = self.levels[spec.name]
+        every = self.levels[spec.name]
+        levels = [kept for kept in every if kept > 0]
+        skipped = [0.0] * (len(every) - len(levels))
         batch = int(get_leaf((args, kwargs), spec.stream.path).shape[0])
 
         def count(kept: int) -> float:
@@ -157,8 +186,8 @@ class _BlockCounter(fx.Interpreter):
             check = levels[1]
             if abs(float(curve(check)) - count(check)) <= 1e-6 * count(check):
                 fitted = [round(float(curve(kept))) for kept in levels]
-                return [a + b for a, b in zip(fitted, routers, strict=True)]
-        return [count(kept) + router for kept, router in zip(levels, routers, strict=True)]
+                return skipped + [a + b for a, b in zip(fitted, routers, strict=True)]
+        return skipped + [count(k) + router for k, router in zip(levels, routers, strict=True)]
 
     def _block_flops(self, spec: BlockSpec, args: Any, kwargs: Any, kept: int) -> float:
         stream: Tensor = get_leaf((args, kwargs), spec.stream.path)

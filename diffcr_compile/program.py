@@ -160,12 +160,16 @@ def batch_size(example: Mapping[str, Tensor]) -> int:
     return max(example.values(), key=lambda t: t.ndim).shape[0]
 
 
+def _identifier(block: str) -> str:
+    return block.replace(".", "_").replace("-", "_")
+
+
 def selector_name(block: str) -> str:
-    return f"{block.replace('.', '_')}_select"
+    return f"{_identifier(block)}_select"
 
 
 def router_name(block: str) -> str:
-    return f"{block.replace('.', '_')}_router"
+    return f"{_identifier(block)}_router"
 
 
 def _attribute(owner: nn.Module, target: str, extra: Mapping[str, nn.Module]) -> Any:

@@ -69,7 +69,8 @@ class TokenSelector(nn.Module):
     """Router and top-k of one block while K may still change; `freeze` replaces it by plain ops.
 
     Attributes:
-        kept_tokens: K, 1 <= K <= num_tokens.
+        kept_tokens: K, 0 <= K <= num_tokens. With 0 the block runs on one token, because many blocks
+            cannot run on none, and its work is thrown away.
         low_tokens: K_low < K, the next smaller bin, while keep ratios are learned; None otherwise.
         blend: weight in [0, 1] of the tokens ranked K_low to K. It carries the gradient of the
             keep ratio.
@@ -103,6 +104,9 @@ class TokenSelector(nn.Module):
         keeps_all = self.kept_tokens == self.num_tokens and self.low_tokens is None
         if keeps_all and not self.training and self.gate == "straight_through":
             return Selection(None, None)
+        if self.kept_tokens == 0:
+            nothing = stream.new_zeros(stream.shape[0], 1)
+            return Selection(nothing.long(), nothing - 1)
         logits = self.router(image_tokens(stream, self.start, self.num_tokens))  # (B, N)
         if keeps_all:
             return Selection(None, self._gate(logits))

@@ -57,6 +57,7 @@ def slowly_routed(
     column: Mapping[str, int],
     shape: Shape,
     gate: str = "straight_through",
+    leaders: Mapping[str, str] | None = None,
 ) -> Iterator[nn.Module]:
     """Make `model` process only the K best tokens of each block while the context lasts.
 
@@ -66,12 +67,19 @@ def slowly_routed(
         column: block name -> kept tokens K.
         shape: where the blocks have their tokens.
         gate: ``straight_through`` or ``paper`` (the residual times the sigmoid of the score).
+        leaders: block name -> the earlier block whose choice of tokens it takes over.
     """
+    chosen: dict[str, list[Tensor]] = {}
     wrapped = []
     try:
         for name, kept in column.items():
             block = model.get_submodule(name)
-            block.forward = _slow_forward(block.forward, weights[name], kept, shape, gate)
+            leader = (leaders or {}).get(name, name)
+            mine = chosen.setdefault(leader, [])
+            follows = leader != name
+            block.forward = _slow_forward(
+                block.forward, weights[leader], kept, shape, gate, mine, follows
+            )
             wrapped.append(block)
         yield model
     finally:
@@ -79,7 +87,15 @@ def slowly_routed(
             del block.forward
 
 
-def _slow_forward(forward: Any, weight: Tensor, kept: int, shape: Shape, gate: str) -> Any:
+def _slow_forward(
+    forward: Any,
+    weight: Tensor,
+    kept: int,
+    shape: Shape,
+    gate: str,
+    chosen: list[Tensor],
+    follows: bool,
+) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         stream = args[shape.stream] if isinstance(shape.stream, int) else kwargs[shape.stream]
         if kept == 0:
@@ -87,9 +103,13 @@ def _slow_forward(forward: Any, weight: Tensor, kept: int, shape: Shape, gate: s
         last = shape.first + shape.num_tokens
         scores = [sample[shape.first : last].float() @ weight for sample in stream]
         images, others = [], []
+        if not follows:
+            chosen.clear()
         for number, score in enumerate(scores):
             rank = torch.stack(scores).mean(0) if shape.shared else score
-            best = torch.sort(rank, descending=True).indices[:kept]
+            if not follows:
+                chosen.append(torch.sort(rank, descending=True).indices[:kept])
+            best = chosen[number]
             result = forward(
                 *_cut(args, number, best, shape), **_cut(kwargs, number, best, shape)
             )

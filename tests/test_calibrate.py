@@ -25,6 +25,7 @@ from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.schedule import TimestepBuckets, cost_of
 from tests import models
+from tests.conftest import keeping
 
 BUCKETS = TimestepBuckets.even(2)
 FAST = {"steps": 8, "batch": 4, "save_every": 2, "settle": 0.5}
@@ -356,3 +357,31 @@ def test_nan_loss_stops_with_the_step(states: TeacherStates) -> None:
     broken = dataclasses.replace(states, target=torch.full_like(states.target, math.nan))
     with pytest.raises(DiffCRError, match="step 1: the loss is nan"):
         calibrated(fresh(), broken)
+
+
+# ---------------------------------------------------------------------------- skipped blocks
+
+
+@pytest.mark.parametrize("estimator", ["boundary", "two_bin"])
+def test_a_budget_below_every_keep_ratio_skips_blocks(
+    states: TeacherStates, estimator: str
+) -> None:
+    program = fresh()
+    costs = measure_costs(program, 8, 0.25, skip_blocks=True)
+    floor = measure_costs(program, 8, 0.25).smallest_budget()
+    config = CalibrationConfig(**{**FAST, "estimator": estimator})
+    result = run_calibration(program, states, config, costs, BUCKETS, 0.5 * floor)
+    kept = [k for column in result.schedule.kept_tokens.values() for k in column]
+    assert 0 in kept
+    assert cost_of(costs, result.schedule) / costs.dense <= 0.5 * floor
+
+
+def test_a_selector_that_keeps_nothing_leaves_the_block_out(cases) -> None:
+    case = cases("dit")
+    column = {name: 0 if number == 1 else 32 for number, name in enumerate(case.names)}
+    with keeping(case, column), torch.no_grad():
+        found = run_flat(case.routed, case.routed.example)[0]
+    with torch.no_grad():
+        expected = run_flat(case.frozen(column), case.routed.example)[0]
+    # One token went through the block and back: x + (y - x) - (y - x) is x but for its last bit.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

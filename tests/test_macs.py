@@ -57,3 +57,22 @@ def test_routed_and_captured_programs_cost_the_same(cases) -> None:
 )
 def test_levels(tokens: int, multiple: int, ratio: float, expected: tuple[int, ...]) -> None:
     assert keep_levels(tokens, multiple, ratio) == expected
+
+
+def test_a_skipped_block_costs_nothing(cases) -> None:
+    case = cases("dit")
+    costs = measure_costs(case.captured, 8, 0.25, skip_blocks=True)
+    plain = measure_costs(case.captured, 8, 0.25)
+    for name in case.names:
+        assert costs.levels[name] == (0, *plain.levels[name])
+        assert costs.macs[name] == (0.0, *plain.macs[name])
+        assert costs.routing[name][0] == costs.moved_bytes[name][0] == 0.0
+    assert costs.smallest_budget() == costs.outer / costs.dense
+
+
+def test_a_block_with_a_text_stream_is_never_skipped(cases) -> None:
+    case = cases("sd3")
+    costs = measure_costs(case.captured, 16, 0.25, skip_blocks=True)
+    first, last = (costs.levels[name] for name in case.names)
+    assert first[0] > 0
+    assert last[0] == 0  # it returns the image only, so nobody misses it

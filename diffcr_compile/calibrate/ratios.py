@@ -88,7 +88,8 @@ class RatioLearner:
             weight = float(np.clip((tokens - low) / (high - low), 0, 1))
             device = next(selector.parameters(), torch.empty(0)).device
             blend = torch.tensor(weight, device=device, requires_grad=True)
-            selector.keep_between(low, high, blend, two_bin=self.two_bin)
+            # Nothing to run at the lower bin of 0: its output is the stream, as in `boundary`.
+            selector.keep_between(low, high, blend, two_bin=self.two_bin and low > 0)
             self._blends[row] = blend
 
     def step(self, bucket: int, lr: float) -> None:

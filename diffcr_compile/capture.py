@@ -1,47 +1,48 @@
 """nn.Module -> CAPTURED program: one ``call_module`` node per routable block, the rest plain ATen.
 
-``torch.export`` with ``preserve_module_call_signature`` plus ``unflatten`` keeps the blocks as
-calls with their real arguments. What comes out is then rebuilt into one flat graph:
+``torch.export`` gives one flat graph, out of which the blocks' bodies are cut (``block_calls.py``):
 
-* modules that are not blocks are inlined, so an outer call into a submodule of a block (the DiT of
+* modules that are not blocks stay inlined, so an outer call into a submodule of a block (the DiT of
   diffusers calls ``transformer_blocks.0.norm1.emb`` again after its blocks) is just nodes;
-* pytree helpers around the calls are evaluated away;
 * parameters and buffers are the user's own, by qualified name, so nothing is copied and training
-  the graph trains what the user sees.
+  the graph trains what the user sees;
+* what depends on constants only is computed once (``fold.py``).
 
-The bodies of the blocks are the user's modules: they take any number of tokens.
+Where ``torch.export`` fails, the model is run once on real tensors and recorded (``trace.py``). Either way the graph is compared with the model before it is used, on the example and on
+inputs that the capture has not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import inspect
-import operator
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import _pytree as fx_pytree
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import CaptureError
+from diffcr_compile.fold import fold_constants
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size
 from diffcr_compile.signature import CallCodeGen, CallSignature, bind_call, split_leaves
+from diffcr_compile.trace import trace_graph
 
-aten = torch.ops.aten
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+# Captured graphs are equal to their model bit for bit, nearly always; a few fold a constant in another
+# order (1e-7). A number that was baked in moves the output by 1e-2 and more.
+MAX_CAPTURE_ERROR = 1e-4
 # What models call the input that says how noisy the sample is.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
-# Checks of the exporter that hold by construction; they would pin dtypes and devices.
-_ASSERTIONS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten._assert_async.msg,
-    aten.sym_constrain_range_for_size.default,
-}
 
 
 def capture(
@@ -64,33 +65,223 @@ def capture(
         sample: path of the noisy sample in (args, kwargs), from ``legality.find_blocks``.
 
     Raises:
-        CaptureError: torch.export cannot trace the model.
+        CaptureError: neither torch.export nor recording gives a graph that computes what the model does.
     """
-    parameters, bound = bind_call(model, args, kwargs)
-    tensor_paths, constants = split_leaves(bound)
-    example = {_placeholder(path): _leaf(bound, path) for path in tensor_paths}
-    exported, dynamic_batch = _export(model, bound, [b.name for b in blocks], example)
-    signature = CallSignature(
-        parameters=parameters,
-        inputs={_placeholder(path): path for path in tensor_paths},
-        constants=tuple(constants) + _default_constants(parameters, bound),
-        out_spec=exported.call_spec.out_spec,
+    call = _Call(model, args, kwargs)
+    names = [spec.name for spec in blocks]
+    failures = []
+    for what, way in _WAYS.items():
+        try:
+            found = way(model, call, names)
+            program = _program(found, call, blocks, refused, sample)
+            check_capture(program, model, call.bound)
+        except CaptureError as error:
+            failures.append(f"{what}: {error}")
+            continue
+        return program
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured.\n" + "\n".join(failures) + "\n"
+        "Typical causes are branches on tensor values and numbers read from tensors with .item() or "
+        ".numpy() in forward; move them out of forward or make them depend on shapes only."
     )
-    builder = _GraphBuilder(model, exported, {b.name for b in blocks})
-    graph = builder.build(list(signature.inputs), bound)
-    graph.set_codegen(CallCodeGen(signature))
-    module = DiTGraph(builder.root, graph, class_name="DiTGraph").eval()
+
+
+class _Call:
+    """A call of the model, taken apart.
+
+    Attributes:
+        parameters: of the model's forward.
+        bound: the given arguments by parameter name.
+        paths: placeholder name -> path into `bound`, tensors only.
+        constants: (path, value) of everything else.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.parameters, self.bound = bind_call(model, args, kwargs)
+        tensors, constants = split_leaves(self.bound)
+        self.paths = {_placeholder(path): path for path in tensors}
+        self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
+        self.example = {name: _leaf(self.bound, path) for name, path in self.paths.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A graph, what its nodes refer to, and how it came about."""
+
+    graph: fx.Graph
+    root: Mapping[str, Any]
+    out_spec: pytree.TreeSpec
+    dynamic_batch: bool
+    history: tuple[str, ...] = ()
+
+
+def _exported(
+    model: nn.Module, call: _Call, names: Sequence[str], *, free_batch: bool
+) -> _Captured:
+    """By torch.export."""
+    expanded = _expand_variadic(model, call.bound)
+    batch = batch_size(call.example) if free_batch else None
+    exported = _export(model, expanded, names, batch)
+    every = pytree.tree_leaves(expanded)
+    placeholders = iter(call.paths)
+    inputs = [
+        Input(next(placeholders)) if isinstance(leaf, Tensor) else leaf for leaf in every
+    ]
+    graph, root = graph_with_block_calls(exported, model, names, inputs)
+    return _Captured(graph, root, exported.call_spec.out_spec, free_batch)
+
+
+def _recorded(model: nn.Module, call: _Call, names: Sequence[str]) -> _Captured:
+    """By running the model."""
+    for path, value in call.constants:
+        if not isinstance(
+            value, _PLAIN
+        ):  # tensors inside it would become constants of the graph
+            raise CaptureError(
+                f"{'.'.join(map(str, path))} is a {type(value).__name__}; a graph takes tensors, "
+                "numbers, strings, and tuples, lists and dicts of them"
+            )
+    expanded = _expand_variadic(model, call.bound)
+    variadic = {p.name for p in call.parameters if p.kind is p.VAR_KEYWORD}
+    paths = {
+        name: path[1:] if path[0] in variadic else path for name, path in call.paths.items()
+    }
+    try:
+        graph, root, out_spec = trace_graph(model, expanded, paths, names)
+    except Exception as error:
+        raise CaptureError(_first_lines(error)) from error
+    line = "capture: recorded on real tensors, because torch.export cannot trace the model"
+    return _Captured(graph, root, out_spec, dynamic_batch=False, history=(line,))
+
+
+_WAYS = {
+    "With torch.export and a free batch": functools.partial(_exported, free_batch=True),
+    "With torch.export and a fixed batch": functools.partial(_exported, free_batch=False),
+    "Recorded on real tensors": _recorded,
+}
+
+
+def _program(
+    found: _Captured,
+    call: _Call,
+    blocks: Sequence[BlockSpec],
+    refused: Sequence[Refusal],
+    sample: Path,
+) -> Program:
+    signature = CallSignature(call.parameters, call.paths, call.constants, found.out_spec)
+    root = dict(found.root)
+    fold_constants(found.graph, root)
+    found.graph.set_codegen(CallCodeGen(signature))
+    module = DiTGraph(root, found.graph, class_name="DiTGraph").eval()
     return Program(
         module=module,
         stage=Stage.CAPTURED,
         signature=signature,
-        example=example,
+        example=call.example,
         blocks=tuple(blocks),
         refused=tuple(refused),
-        sample_input=_sample_name(sample, list(bound)),
-        timestep_input=next((n for n in example if n in TIMESTEP_NAMES), None),
-        dynamic_batch=dynamic_batch,
+        sample_input=_sample_name(sample, list(call.bound)),
+        timestep_input=next((n for n in call.example if n in TIMESTEP_NAMES), None),
+        dynamic_batch=found.dynamic_batch,
+        history=found.history,
     ).attached()
+
+
+@torch.no_grad()
+def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) -> None:
+    """Compare the graph with the model, on the example and on inputs that the capture has not seen.
+
+    A number that was baked into the graph shows on the unseen ones. They are legal for any model:
+    the example's samples in another order, other noise, other timesteps.
+
+    Raises:
+        CaptureError: the outputs differ by more than rounding.
+    """
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in program.example.values()):
+        return  # nothing to compare: a dry run
+    trials = {"the example": dict(bound), "unseen inputs": _unseen(program, bound)}
+    if program.dynamic_batch:  # a model may fix it without a word, and the exporter too
+        trials["one more sample"] = _one_more(program, bound)
+    for what, inputs in trials.items():
+        expected = _tensors(_call_model(model, program, inputs))
+        try:
+            found = _tensors(_call_model(program.module, program, inputs))
+        except Exception as error:
+            raise CaptureError(
+                f"on {what} the captured graph does not run: {_first_lines(error)}"
+            ) from error
+        for one, two in zip(found, expected, strict=True):
+            if one.shape != two.shape:
+                raise CaptureError(
+                    f"on {what} the graph returns {tuple(one.shape)}, the model {tuple(two.shape)}"
+                )
+            error = _relative_error(one, two)
+            if not error <= MAX_CAPTURE_ERROR:
+                raise CaptureError(
+                    f"on {what} the captured graph differs from the model by {error:.1e} (relative; "
+                    f"allowed {MAX_CAPTURE_ERROR:.0e}): a number that forward reads from its inputs "
+                    "was baked into the graph"
+                )
+
+
+def _call_model(model: nn.Module, program: Program, bound: Mapping[str, Any]) -> Any:
+    call = dict(bound)
+    args: list[Any] = []
+    for parameter in program.signature.parameters:
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in call:
+            args.append(call.pop(parameter.name))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            call.update(call.pop(parameter.name, {}))
+    return model(*args, **call)
+
+
+def _unseen(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with its samples rolled by one, other noise and other timesteps."""
+    generator = torch.Generator().manual_seed(7)
+    names = {path: name for name, path in program.signature.inputs.items()}
+    batch = program.batch
+
+    def change(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        name = names[path]
+        if leaf.ndim > 0 and leaf.shape[0] == batch:
+            leaf = leaf.roll(1, 0)
+        if name == program.sample_input:
+            return leaf + torch.randn(leaf.shape, generator=generator).to(leaf)
+        if name == program.timestep_input:
+            return leaf // 2 if not leaf.is_floating_point() else leaf * 0.5
+        return leaf
+
+    changed: dict[str, Any] = map_leaves(dict(bound), change)
+    return changed
+
+
+def _one_more(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with its first sample once more at the end."""
+    batch = program.batch
+
+    def longer(_: Path, leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf[:1]]) if is_batched else leaf
+
+    changed: dict[str, Any] = map_leaves(dict(bound), longer)
+    return changed
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    if torch.equal(found, expected):
+        return 0.0
+    if not found.is_floating_point():
+        return float("inf")
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float(((found - expected).abs().max() / scale).item())
 
 
 def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
@@ -102,36 +293,33 @@ def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
 
 
 def _export(
-    model: nn.Module,
-    bound: Mapping[str, Any],
-    names: Sequence[str],
-    example: Mapping[str, Tensor],
-) -> tuple[ExportedProgram, bool]:
-    """torch.export, with the batch axis free if the model allows it."""
-    call = _expand_variadic(model, bound)
-    batch = batch_size(example)
-    two = _at_least_two(call, batch)
-    # torch.export specialises sizes 0 and 1, so one sample is captured as two equal ones.
-    shapes = pytree.tree_map(lambda leaf: _batch_axis(leaf, max(batch, 2)), two)
+    model: nn.Module, call: Mapping[str, Any], names: Sequence[str], free_batch: int | None
+) -> ExportedProgram:
+    """torch.export; with `free_batch`, axes of that size in front of tensors may change later."""
+    shapes = None
+    if free_batch is not None:
+        # torch.export specialises sizes 0 and 1, so one sample is captured as two equal ones.
+        call = _at_least_two(call, free_batch)
+        size = max(free_batch, 2)
+        shapes = pytree.tree_map(lambda leaf: _batch_axis(leaf, size), call)
     try:
-        return _quiet_export(model, two, names, shapes), True
-    except Exception as error:  # noqa: BLE001 - torch.export raises dozens of types
-        first = error
-    try:
-        return _quiet_export(model, call, names, None), False
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot trace {type(model).__name__}: {_first_lines(error)}\n"
-            f"(with a free batch axis: {_first_lines(first)})\n"
-            "Typical causes are branches on tensor values and calls to .item() or .numpy() in "
-            "forward; move them out of forward or make them depend on shapes only."
-        ) from error
+        return _quiet_export(model, call, names, shapes)
+    except Exception as error:  # torch.export raises dozens of types
+        raise CaptureError(_first_lines(error)) from error
 
 
 def _quiet_export(
     model: nn.Module, call: Mapping[str, Any], names: Sequence[str], shapes: Any
 ) -> ExportedProgram:
-    with warnings.catch_warnings():
+    # The exporter marks the tensors it was given, prints, and puts autograd switches into the graph.
+    call = map_leaves(
+        dict(call), lambda _, t: t.detach().clone() if isinstance(t, Tensor) else t
+    )
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
         return torch.export.export(
             model,
@@ -202,166 +390,3 @@ def _leaf(bound: Mapping[str, Any], path: tuple[Any, ...]) -> Tensor:
 def _first_lines(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}"
-
-
-class _GraphBuilder:
-    """Rebuilds an unflattened export into one flat graph whose only modules are the blocks."""
-
-    def __init__(self, model: nn.Module, exported: ExportedProgram, blocks: set[str]) -> None:
-        self.model = model
-        with warnings.catch_warnings():  # it warns about the pytree specs that it adds itself
-            warnings.simplefilter("ignore")
-            self.source = torch.export.unflatten(exported)
-        self.positional = {  # block -> how many positional arguments the user's call had
-            entry.fqn: entry.signature.in_spec.child(0).num_children
-            for entry in exported.module_call_graph
-            if entry.fqn in blocks and entry.signature is not None
-        }
-        self.graph = fx.Graph()
-        self.root: dict[str, Any] = {}
-        self._attributes: dict[str, fx.Node] = {}
-
-    def build(self, placeholders: Sequence[str], bound: Mapping[str, Any]) -> fx.Graph:
-        every = pytree.tree_leaves(dict(bound))
-        tensors = iter([self.graph.placeholder(name) for name in placeholders])
-        inputs = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in every]
-        source_graph: Any = self.source.graph
-        count = len(source_graph.find_nodes(op="placeholder"))
-        if count != len(inputs):
-            inputs = [value for value in inputs if isinstance(value, fx.Node)]
-        if count != len(inputs):
-            raise CaptureError(
-                f"the exported graph has {count} inputs, the call has {len(inputs)} tensors; "
-                "pass plain tensors, tuples, lists and dicts as inputs"
-            )
-        outputs = self._inline(source_graph, self.source, "", inputs)
-        self.graph.output(list(pytree.tree_leaves(outputs)))
-        self.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-        self.graph.lint()
-        return self.graph
-
-    def _inline(
-        self, graph: fx.Graph, owner: nn.Module, prefix: str, inputs: Sequence[Any]
-    ) -> Any:
-        """Copy `graph` node by node; structures made by pytree helpers exist only while copying."""
-        values: dict[fx.Node, Any] = {}
-        waiting = iter(inputs)
-        for node in graph.nodes:
-            if node.op == "output":
-                return self._lookup(values, node.args[0])
-            if node.op == "placeholder":
-                values[node] = next(waiting)
-            elif node.op == "get_attr":
-                values[node] = self._attribute(owner, prefix, node.target)
-            elif node.op == "call_module":
-                values[node] = self._call(owner, prefix, node, values)
-            elif node.target not in _ASSERTIONS:
-                values[node] = self._function(node, values)
-        raise CaptureError(f"the exported graph of {prefix or 'the model'} has no output")
-
-    def _lookup(self, values: Mapping[fx.Node, Any], argument: Any) -> Any:
-        return map_arg(argument, lambda node: values[node])
-
-    def _function(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args = [_resolve(values, a) for a in node.args]
-        if node.target is pytree.tree_unflatten:
-            return pytree.tree_unflatten(args[0], args[1])
-        if node.target is fx_pytree.tree_flatten_spec:
-            return _flatten(args[0], args[1], self.graph)
-        if node.target is operator.getitem and not isinstance(args[0], fx.Node):
-            return args[0][args[1]]
-        kwargs = {key: _resolve(values, value) for key, value in node.kwargs.items()}
-        return self.graph.create_node(
-            "call_function", node.target, tuple(args), kwargs, name=node.name
-        )
-
-    def _call(
-        self, owner: nn.Module, prefix: str, node: fx.Node, values: Mapping[fx.Node, Any]
-    ) -> Any:
-        target = str(node.target)
-        name = _without_copies(prefix + target)
-        args = [_resolve(values, a) for a in node.args]
-        kwargs = {key: _resolve(values, value) for key, value in node.kwargs.items()}
-        if name not in self.positional:
-            inner = owner.get_submodule(target)
-            inner_graph: Any = inner.graph
-            return self._inline(
-                inner_graph, inner, f"{prefix}{target}.", [*args, *kwargs.values()]
-            )
-        block = self.model.get_submodule(name)
-        # With a free batch axis, unflatten puts tensors that carry lifted sizes in front.
-        args = args[len(args) - self.positional[name] :]
-        self.root[name] = block
-        return self.graph.create_node(
-            "call_module", name, tuple(args), kwargs, name=name.replace(".", "_")
-        )
-
-    def _attribute(self, owner: nn.Module, prefix: str, target: str) -> Any:
-        value: Any = owner
-        for part in target.split("."):
-            value = getattr(value, part)
-        if not isinstance(value, Tensor):
-            return value  # a pytree spec
-        name = _without_copies(prefix + target)
-        if name not in self._attributes:
-            self.root[name] = _user_tensor(self.model, name, value)
-            self._attributes[name] = self.graph.get_attr(name)
-        return self._attributes[name]
-
-
-def _resolve(values: Mapping[fx.Node, Any], argument: Any) -> Any:
-    """Replace nodes by their values; a value may be a structure, which map_arg would refuse."""
-    if isinstance(argument, fx.Node):
-        return values[argument]
-    if isinstance(argument, (list, tuple)):
-        return (
-            [_resolve(values, a) for a in argument]
-            if isinstance(argument, list)
-            else tuple(_resolve(values, a) for a in argument)
-        )
-    if isinstance(argument, dict):
-        return {key: _resolve(values, a) for key, a in argument.items()}
-    if isinstance(argument, slice):
-        return slice(
-            *(_resolve(values, a) for a in (argument.start, argument.stop, argument.step))
-        )
-    return argument
-
-
-def _flatten(value: Any, spec: pytree.TreeSpec, graph: fx.Graph) -> list[Any]:
-    """Leaves of a block's output: the block's node itself, or getitem nodes into it."""
-    if not isinstance(value, fx.Node):
-        return list(pytree.tree_leaves(value))
-    found: list[Any] = []
-    pending: list[tuple[Any, pytree.TreeSpec]] = [(value, spec)]
-    while pending:
-        node, part = pending.pop(0)
-        if part.is_leaf():
-            found.append(node)
-            continue
-        keys = part.context if part.type is dict else range(part.num_children)
-        children = [
-            (graph.call_function(operator.getitem, (node, key)), part.child(i))
-            for i, key in enumerate(keys)
-        ]
-        pending = children + pending
-    return found
-
-
-def _without_copies(name: str) -> str:
-    """``blocks.0@1.norm`` -> ``blocks.0.norm``: unflatten numbers repeated calls of a module."""
-    return ".".join(part.split("@")[0] for part in name.split("."))
-
-
-def _user_tensor(model: nn.Module, name: str, traced: Tensor) -> Tensor:
-    """The user's own parameter or buffer of that name; the traced tensor if there is none."""
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    if (
-        isinstance(value, Tensor)
-        and value.shape == traced.shape
-        and value.dtype == traced.dtype
-    ):
-        return value
-    return traced.detach()

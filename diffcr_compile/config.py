@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,8 +72,10 @@ class CalibrationConfig(_Section):
     train: Literal["ratio", "router", "all"] = Field(
         default="all", description="ratios only; routers and ratios; or these and all weights"
     )
-    learn_ratios: bool = Field(
-        default=True, description="False keeps one uniform keep ratio (Mixture-of-Depths)"
+    ratios: Literal["errors", "gradient", "uniform"] = Field(
+        default="errors",
+        description="where keep ratios come from: a table of measured errors, solved before the first "
+        "step; gradients, while the budget falls; or one for all (Mixture-of-Depths)",
     )
     estimator: Literal["boundary", "two_bin"] = Field(
         default="boundary",
@@ -162,8 +165,18 @@ def make_config(data: dict[str, Any]) -> CompileConfig:
         raise UsageError(f"the configuration is wrong: {problems}") from None
 
 
-def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> CompileConfig:
-    """A config from a YAML file, with ``{"calibration.steps": 100}`` put over it."""
+def load_config(
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> CompileConfig:
+    """A config from a YAML file, with ``{"calibration.steps": 100}`` put over it.
+
+    Args:
+        path: the YAML file; None for none.
+        overrides: dotted key -> value, stronger than the file.
+        defaults: section -> key -> value, weaker than the file and stronger than the built-in ones.
+    """
     data: dict[str, Any] = {}
     if path is not None:
         if not path.exists():
@@ -172,6 +185,10 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> C
             data = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise UsageError(f"{path} is not YAML: {error}") from error
+    for name, section in (defaults or {}).items():
+        mine = data.get(name)
+        if mine is None or isinstance(mine, dict):
+            data[name] = {**section, **(mine or {})}
     for key, value in (overrides or {}).items():
         section = data
         *parents, last = key.split(".")

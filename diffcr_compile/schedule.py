@@ -251,8 +251,8 @@ def solve_schedule(
 ) -> TokenSchedule:
     """The schedule nearest to `ratios` that costs at most `budget` and wastes next to nothing.
 
-    Exact multiple-choice knapsack by dynamic programming over the cost. Nearest means least sum of
-    squared differences of keep ratios, each weighted by what its cell costs when dense.
+    Nearest means least sum of squared differences of keep ratios, each weighted by what its cell costs
+    when dense.
 
     Args:
         ratios: (blocks, buckets), what was learned.
@@ -263,38 +263,52 @@ def solve_schedule(
     Raises:
         BudgetError: no schedule is as cheap as that.
     """
+    penalties = {}
+    for row, block in enumerate(ratios.blocks):
+        levels = np.array(costs.levels[block], dtype=np.float64)
+        away = levels[None] / levels[-1] - ratios.values[row][:, None]  # (buckets, levels)
+        penalties[block] = costs.macs[block][-1] * away**2
+    return solve_least(penalties, costs, buckets, budget)
+
+
+def solve_least(
+    penalties: Mapping[str, Floats], costs: CostTable, buckets: TimestepBuckets, budget: float
+) -> TokenSchedule:
+    """The schedule of least penalty that costs at most `budget` and wastes next to nothing.
+
+    Exact multiple-choice knapsack by dynamic programming over the cost.
+
+    Args:
+        penalties: block -> (buckets, levels), what each choice is worth avoiding. A bucket counts by its
+            share of the sampling steps.
+        costs: MACs per block and level.
+        buckets: the timestep buckets.
+        budget: share of the dense MACs in (0, 1].
+
+    Raises:
+        BudgetError: no schedule is as cheap as that.
+    """
     check_budget(costs, budget)
     available = budget * costs.dense - costs.outer
-    cells = [
-        (row, column) for row in range(len(ratios.blocks)) for column in range(len(buckets))
+    cells = [(block, column) for block in penalties for column in range(len(buckets))]
+    choices = [
+        (
+            np.array(costs.macs[block], dtype=np.float64) * buckets.weights[column],
+            penalties[block][column] * buckets.weights[column],
+        )
+        for block, column in cells
     ]
-    choices = [_choices(ratios, costs, buckets, cell) for cell in cells]
-    steps = COST_STEPS_PER_CELL * len(cells)
-    picked = _least_penalty(choices, available, steps)
-    kept: dict[str, list[int]] = {block: [0] * len(buckets) for block in ratios.blocks}
-    for (row, column), level in zip(cells, picked, strict=True):
-        block = ratios.blocks[row]
+    picked = _least_penalty(choices, available, COST_STEPS_PER_CELL * len(cells))
+    kept: dict[str, list[int]] = {block: [0] * len(buckets) for block in penalties}
+    for (block, column), level in zip(cells, picked, strict=True):
         kept[block][column] = costs.levels[block][level]
     schedule = TokenSchedule(
         {block: tuple(column) for block, column in kept.items()},
-        {block: costs.levels[block][-1] for block in ratios.blocks},
+        {block: costs.levels[block][-1] for block in penalties},
         buckets,
         asked=budget,
     )
     return dataclasses.replace(schedule, reached=cost_of(costs, schedule) / costs.dense)
-
-
-def _choices(
-    ratios: KeepRatios, costs: CostTable, buckets: TimestepBuckets, cell: tuple[int, int]
-) -> tuple[Floats, Floats]:
-    """(costs, penalties) of every level of one cell."""
-    row, column = cell
-    block = ratios.blocks[row]
-    weight = buckets.weights[column]
-    levels = np.array(costs.levels[block], dtype=np.float64)
-    macs = np.array(costs.macs[block], dtype=np.float64) * weight
-    wanted = ratios.values[row, column]
-    return macs, macs[-1] * (levels / levels[-1] - wanted) ** 2
 
 
 def _least_penalty(

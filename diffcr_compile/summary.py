@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def build_report(
     schedule, costs = compiled.frozen[0].schedule, compiled.costs
     assert schedule is not None
     reached = cost_of(costs, schedule) / costs.dense
+    units = {spec.name: spec.members for spec in compiled.routed.blocks}
     size = measure_size(folder)
     parity = parity_section(compiled)
     report: dict[str, Any] = {
@@ -52,9 +53,14 @@ def build_report(
         "parity": parity,
         "size": size,
         "quality": quality,
-        "schedule": {block: list(kept) for block, kept in schedule.kept_tokens.items()},
+        "schedule": _per_block(units, schedule.kept_tokens),
+        "units": {unit: list(members) for unit, members in units.items()},
         "timestep_buckets": schedule.buckets.ranges(),
-        "num_tokens": dict(schedule.num_tokens),
+        "num_tokens": {
+            block: schedule.num_tokens[unit]
+            for unit, members in units.items()
+            for block in members
+        },
         "learned_keep_ratios": {
             name: [round(float(r), 4) for r in row]
             for name, row in zip(
@@ -79,6 +85,15 @@ def build_report(
     found = {n: f"{n}.png" for n in pictures if (folder / f"report/{n}.png").exists()}
     report["pictures"] = found or None
     return report
+
+
+def _per_block(
+    units: Mapping[str, Sequence[str]], kept_tokens: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Kept tokens of every block of the model; the blocks of a span have those of the span."""
+    return {
+        block: list(kept_tokens[unit]) for unit, members in units.items() for block in members
+    }
 
 
 def model_section(compiled: Compiled) -> dict[str, Any]:

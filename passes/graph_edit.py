@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import fx
 
 from diffcr_compile import routing
+from diffcr_compile.block_calls import keeps
 from diffcr_compile.blocks import BlockSpec, Path, TokenAxis, get_leaf, map_leaves
 from diffcr_compile.errors import PassError
 
@@ -91,7 +92,7 @@ def replace_uses(node: fx.Node, new: fx.Node, keep: Callable[[fx.Node], bool]) -
 
 def erase_unused(graph: fx.Graph) -> None:
     """Dead code elimination that trusts blocks and routers to have no side effects."""
-    graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+    graph.eliminate_dead_code(lambda node: keeps(node))
 
 
 def _reads(user: fx.Node, key: int | str) -> bool:

@@ -167,7 +167,8 @@ def test_variadic_positional_inputs_are_refused_in_words() -> None:
 def test_a_branch_on_data_is_a_capture_error() -> None:
     with pytest.raises(CaptureError) as caught:
         _captured(models.branch())
-    assert "torch.export cannot trace BranchDiT" in str(caught.value)
+    assert "BranchDiT cannot be captured" in str(caught.value)
+    assert "reads a number from its inputs" in str(caught.value)
     assert "branches on tensor values" in str(caught.value)
     assert caught.value.exit_code == 3
 
@@ -259,3 +260,78 @@ def test_an_input_that_is_no_plain_structure_is_refused() -> None:
     model: nn.Module = PackedDiT().eval()
     with pytest.raises(CaptureError):
         capture(model, (Packed(inputs["x"]), inputs["t"]), {}, ())
+
+
+class FixedBatchDiT(models.OwnDiT):
+    """Builds a Python list of the batch's length, which fixes the batch without a word."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        shift = torch.tensor([0.5] * x.shape[0], dtype=x.dtype)
+        return super().forward(x + shift[:, None, None, None], t)
+
+
+def test_a_batch_that_the_model_fixes_is_said_to_be_fixed() -> None:
+    model, inputs = FixedBatchDiT().eval(), models.inputs_for()
+    program = _captured((model, inputs))
+    assert not program.dynamic_batch
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    program = capture(model, (), one, program.blocks)
+    assert not program.dynamic_batch
+    with torch.no_grad():
+        assert torch.equal(program.module(**one), model(**one))
+
+
+class InPlaceDiT(models.OwnDiT):
+    """Fills a mask in place: a write whose result nobody reads is not dead code."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(1, 2, 6, 6)
+        mask[:, :, 2:] = 1
+        return super().forward(x * mask, t)
+
+
+class AutocastOffDiT(models.OwnDiT):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            angles = (t[:, None] * 3).sin()
+        return super().forward(x + angles[:, :, None, None], t)
+
+
+class AutocastOnDiT(models.OwnDiT):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            angles = self.embed.time(t[:, None])
+        return super().forward(x, t) + angles.float().mean()
+
+
+class SameNamesDiT(models.OwnDiT):
+    """A block keyword has the name of a model input."""
+
+    def __init__(self) -> None:
+        class Named(models.Block):
+            def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+                return super().forward(x, t)
+
+        super().__init__(block=Named)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tokens, condition = self.embed(x, t)
+        for block in self.blocks:
+            tokens = block(x=tokens, t=condition)
+        return self.image(tokens) + x.shape[0] * 0.0
+
+
+@pytest.mark.parametrize("kind", [InPlaceDiT, AutocastOffDiT, SameNamesDiT])
+def test_awkward_forwards_are_captured_exactly(kind: type[models.OwnDiT]) -> None:
+    model, inputs = kind().eval(), models.inputs_for()
+    program = _captured((model, inputs))
+    assert len([n for n in program.graph.nodes if n.op == "call_module"]) == 2
+    other = {"x": torch.randn(2, 2, 6, 6), "t": torch.tensor([0.4, 0.6])}
+    with torch.no_grad():
+        for call in (inputs, other, inputs):
+            assert torch.equal(program.module(**call), model(**call))
+
+
+def test_autocast_inside_the_model_is_refused() -> None:
+    with pytest.raises(CaptureError, match="switches autocast on for cpu"):
+        _captured((AutocastOnDiT().eval(), models.inputs_for()))

@@ -1,5 +1,8 @@
 """The calibration fine-tune: learn ratios while the budget falls, solve, settle at the schedule.
 
+With ``ratios: errors`` (the default) the schedule is solved before the first step, over a table of
+measured errors; the model is led there from all tokens kept, and most steps train at it. With ``ratios: gradient``, the paper's way:
+
 1. *Learn* (the first 1 - settle of the steps): the budget ramps from 1 down to what was asked;
    ratios are projected onto it after each step.
 2. *Solve*: the real ratios become integers, exactly under the budget.
@@ -21,11 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
+from diffcr_compile.calibrate.error_table import measure_errors
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.state import (
     load_state,
@@ -45,6 +50,7 @@ from diffcr_compile.schedule import (
     TimestepBuckets,
     TokenSchedule,
     check_budget,
+    solve_least,
     solve_schedule,
 )
 
@@ -125,13 +131,16 @@ def run_calibration(
         run.restore(*saved)
     else:
         run.warm_start(by_bucket)
+        if config.ratios == "errors":
+            run.solve_by_errors(budget, by_bucket)
     started = time.monotonic()
     for step in range(run.done, config.steps):
         if step >= learn_steps and run.schedule is None:
             run.solve(budget)
         bucket = step % len(buckets)
-        target = 1 - (1 - budget) * min(1.0, (step + 1) / max(1.0, config.ramp * learn_steps))
-        loss = run.train_step(step, bucket, target, by_bucket[bucket])
+        progress = min(1.0, (step + 1) / max(1.0, config.ramp * learn_steps))
+        target = 1 - (1 - budget) * progress
+        loss = run.train_step(step, bucket, target, progress, by_bucket[bucket])
         record = {
             "step": step + 1,
             "bucket": bucket,
@@ -194,8 +203,18 @@ class _Run:
         )
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
 
-    def train_step(self, step: int, bucket: int, target: float, rows: Tensor) -> float:
-        """One update of everything that is trained; returns the loss."""
+    def train_step(
+        self, step: int, bucket: int, target: float, progress: float, rows: Tensor
+    ) -> float:
+        """One update of everything that is trained; returns the loss.
+
+        Args:
+            step: from 0.
+            bucket: timestep bucket of this step's states.
+            target: budget of this step.
+            progress: how far the budget has come down, 1 when it is what was asked.
+            rows: states of that bucket.
+        """
         config, learner = self.config, self.learner
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         chosen = rows[torch.randint(len(rows), (config.batch,), generator=generator)]
@@ -205,7 +224,14 @@ class _Run:
             learner.attach(bucket)
             self.reached = learner.cost()
             program = self.learning
+        elif progress < 1:  # solved before the first step: lead the model there
+            learner.approach(self.schedule.ratios().values, target)
+            learner.attach(bucket)
+            self.reached = learner.cost()
+            program = self.learning
         else:
+            learner.values = self.schedule.ratios().values
+            self.reached = learner.cost()
             learner.keep(self.schedule, bucket)
             program = self.program
         program.module.train()
@@ -224,7 +250,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.schedule is None and config.learn_ratios:
+        if self.schedule is None and config.ratios == "gradient":
             learner.step(bucket, config.lr_ratio)
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -234,10 +260,30 @@ class _Run:
     def solve(self, budget: float) -> None:
         self.learner.project(budget)
         self.learned = self.learner.ratios()
-        self.schedule = solve_schedule(
-            self.learned, self.learner.costs, self.learner.buckets, budget
+        self._settle(
+            solve_schedule(self.learned, self.learner.costs, self.learner.buckets, budget)
         )
-        self.learner.values = self.schedule.ratios().values
+
+    def solve_by_errors(self, budget: float, by_bucket: list[Tensor]) -> None:
+        """Measure what fewer tokens cost in accuracy, and take the best schedule for the budget."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        chosen = [
+            rows[torch.randint(len(rows), (self.config.batch,), generator=generator)]
+            for rows in by_bucket
+        ]
+        costs = self.learner.costs
+        errors = measure_errors(self.program, self.states, chosen, costs)
+        # A bucket counts by its steps, not by how large its errors happen to be: half the tokens of a
+        # typical block weigh the same in all of them.
+        half = {name: row[:, _half(costs.levels[name])] for name, row in errors.items()}
+        typical = np.median(np.stack(list(half.values())), axis=0) + 1e-30  # (buckets,)
+        relative = {name: row / typical[:, None] for name, row in errors.items()}
+        self._settle(solve_least(relative, costs, self.learner.buckets, budget))
+        self.learned = self.learner.ratios()
+
+    def _settle(self, schedule: TokenSchedule) -> None:
+        self.schedule = schedule
+        self.learner.values = schedule.ratios().values
         self.reached = self.learner.cost()
 
     def finish(self, folder: Path | None) -> CalibrationResult:
@@ -301,6 +347,11 @@ class _Run:
             self.schedule = TokenSchedule.from_json(facts["schedule"])
             self.learned = KeepRatios(self.learner.names, tensors["learned"].numpy())
             self.reached = self.learner.cost()
+
+
+def _half(levels: tuple[int, ...]) -> int:
+    """Which level is nearest to half the tokens."""
+    return min(range(len(levels)), key=lambda i: abs(levels[i] - levels[-1] / 2))
 
 
 def own_weights(module: DiTGraph) -> None:

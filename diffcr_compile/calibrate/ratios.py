@@ -72,6 +72,17 @@ class RatioLearner:
                 high = middle
         self.values = self._shifted(high)
 
+    def approach(self, target: Floats, budget: float) -> None:
+        """Put all ratios on the way from 1 to `target`, as far along as `budget` asks."""
+        near, far = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (near + far) / 2
+            if self.cost(1 - middle * (1 - target)) > budget:
+                near = middle
+            else:
+                far = middle
+        self.values = 1 - far * (1 - target)
+
     def _shifted(self, amount: float) -> Floats:
         return np.clip(self.values - amount, self.lowest[:, None], 1.0)
 

@@ -1,0 +1,84 @@
+"""What it costs in accuracy to keep fewer tokens: one block, one timestep bucket, one level at a time.
+
+With warm-started routers and every other block whole, a block is run at a few of its levels and the
+model's output is compared with the dense one. The error is nearly flat once a block has lost a quarter
+of its tokens (bypassing a block for all of them is hardly worse), so the best schedule keeps most
+blocks whole and a few at very little, which no gradient at the current ratios can see. A knapsack over
+this table finds it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
+from diffcr_compile.program import Program, run_flat, selector_name
+from diffcr_compile.routing import TokenSelector
+from diffcr_compile.schedule import CostTable, Floats
+
+# Where the error is measured, in keep ratio; between these it is interpolated.
+PROBES = (0.0, 0.25, 0.5, 0.75)
+
+
+@torch.no_grad()
+def measure_errors(
+    program: Program,
+    states: TeacherStates,
+    chosen: list[Tensor],
+    costs: CostTable,
+) -> dict[str, Floats]:
+    """Mean squared error of the output for every block, timestep bucket and level.
+
+    Args:
+        program: ROUTED, all tokens kept, routers warm-started.
+        states: where inputs and the dense model's outputs are taken from.
+        chosen: per timestep bucket, the indices of the states to use.
+        costs: the levels of each block.
+
+    Returns:
+        Block -> (buckets, levels); with the `straight_through` gate 0 where all tokens are kept.
+    """
+    batched = batched_inputs(program)
+    inputs = [states.take(rows, batched) for rows in chosen]
+
+    def error(bucket: int) -> float:
+        batch, answer = inputs[bucket]
+        return mse_loss(run_flat(program, batch)[0].float(), answer.float()).item()
+
+    was_training = program.module.training
+    program.module.eval()
+    errors: dict[str, Floats] = {}
+    try:
+        whole = [
+            error(bucket) for bucket in range(len(inputs))
+        ]  # 0, unless the gate changes values
+        for spec in program.blocks:
+            selector = program.module.get_submodule(selector_name(spec.name))
+            assert isinstance(selector, TokenSelector)
+            levels = costs.levels[spec.name]
+            probed = _probes(levels)
+            table = np.zeros((len(chosen), len(levels)))
+            for bucket in range(len(inputs)):
+                found = []
+                for kept in probed:
+                    selector.keep(kept)
+                    found.append(error(bucket))
+                table[bucket] = np.interp(
+                    levels, [*probed, levels[-1]], [*found, whole[bucket]]
+                )
+            selector.keep(spec.num_tokens)
+            errors[spec.name] = table
+    finally:
+        program.module.train(was_training)
+    return errors
+
+
+def _probes(levels: tuple[int, ...]) -> list[int]:
+    """The levels nearest to the probed keep ratios, without the one that keeps all."""
+    below = np.array(levels[:-1])
+    if below.size == 0:
+        return []
+    return sorted({int(below[np.abs(below - p * levels[-1]).argmin()]) for p in PROBES})

@@ -6,8 +6,8 @@
 
 Variants, all calibrated alike (same states, steps, learning rates, all weights trained):
 
-* ``learned``: routers learned, keep ratios solved over measured errors (the demo);
-* ``random_router``: the same, but tokens are chosen at random at every call;
+* ``learned``: routers and keep ratios learned (the demo);
+* ``random_router``: keep ratios learned, tokens chosen at random at every call;
 * ``uniform``: routers learned, one keep ratio for all blocks and buckets (Mixture-of-Depths).
 
 Every variant is sampled from the same noise and labels. Writes
@@ -39,10 +39,7 @@ RESULTS = Path(__file__).parent / "results/quality_reference.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},
     "random_router": {"routing": {"router": "random"}},
-    "uniform": {
-        "calibration": {"ratios": "uniform"},
-        "routing": {"min_keep_ratio": 0.125, "max_keep_ratio": 0.9},
-    },
+    "uniform": {"calibration": {"ratios": "uniform"}},
 }
 
 

@@ -39,6 +39,7 @@ from diffcr_compile.manifest import (
 )
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
+from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.program import (
@@ -389,7 +390,11 @@ def _capture(
 
 
 def _route(captured: Program, config: RoutingConfig, seed: int) -> Program:
-    return run_passes(captured, [InsertTokenRouters(config.gate, config.router, seed)])
+    passes = [
+        FuseBlockSpans(config.share_index),
+        InsertTokenRouters(config.gate, config.router, seed),
+    ]
+    return run_passes(captured, passes)
 
 
 def _call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -412,7 +417,11 @@ def _of(graph: object, stage: Stage) -> Program:
 
 def _costs(program: Program, config: RoutingConfig) -> CostTable:
     return measure_costs(
-        program, config.multiple_of, config.min_keep_ratio, config.max_keep_ratio
+        program,
+        config.multiple_of,
+        config.min_keep_ratio,
+        config.max_keep_ratio,
+        skip_blocks=config.skip_blocks,
     )
 
 
@@ -613,14 +622,11 @@ def _frozen_parity(routed: Program, frozen: Program) -> Parity:
         selector = routed.module.get_submodule(selector_name(spec.name))
         assert isinstance(selector, TokenSelector)
         selectors.append((selector, frozen.schedule.kept_tokens[spec.name][frozen.bucket]))
-    if any(kept == 0 for _, kept in selectors):  # ROUTED cannot run a block on no tokens
-        expected = run_flat(frozen, frozen.example)
-    else:
-        for selector, kept in selectors:
-            selector.keep(kept)
-        expected = run_flat(routed, routed.example)
-        for selector, _ in selectors:
-            selector.keep(selector.num_tokens)
+    for selector, kept in selectors:
+        selector.keep(kept)
+    expected = run_flat(routed, routed.example)
+    for selector, _ in selectors:
+        selector.keep(selector.num_tokens)
     found = run_flat(frozen, frozen.example)
     return compare("ROUTED -> FROZEN", found, expected, 1e-5, bucket=frozen.bucket)
 

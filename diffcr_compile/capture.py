@@ -20,7 +20,7 @@ import functools
 import inspect
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,8 @@ def _recorded(model: nn.Module, call: _Call, names: Sequence[str]) -> _Captured:
     return _Captured(graph, root, out_spec, dynamic_batch=False, history=(line,))
 
 
-_WAYS = {
+_Way = Callable[[nn.Module, _Call, Sequence[str]], _Captured]
+_WAYS: dict[str, _Way] = {
     "With torch.export and a free batch": functools.partial(_exported, free_batch=True),
     "With torch.export and a fixed batch": functools.partial(_exported, free_batch=False),
     "Recorded on real tensors": _recorded,
@@ -217,10 +218,10 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
                 raise CaptureError(
                     f"on {what} the graph returns {tuple(one.shape)}, the model {tuple(two.shape)}"
                 )
-            error = _relative_error(one, two)
-            if not error <= MAX_CAPTURE_ERROR:
+            away = _relative_error(one, two)
+            if not away <= MAX_CAPTURE_ERROR:
                 raise CaptureError(
-                    f"on {what} the captured graph differs from the model by {error:.1e} (relative; "
+                    f"on {what} the captured graph differs from the model by {away:.1e} (relative; "
                     f"allowed {MAX_CAPTURE_ERROR:.0e}): a number that forward reads from its inputs "
                     "was baked into the graph"
                 )

@@ -83,16 +83,15 @@ def demo(
     import diffcr_compile as dcr
     from diffcr_compile.reference import demo as reference
 
-    settings = _settings(config, set_)
-    batch = settings.export.batch or reference.BATCH
-    export = settings.export.model_copy(update={"batch": batch})
-    settings = settings.model_copy(update={"export": export})
+    settings = _settings(config, set_, reference.SETTINGS)
+    inputs = reference.example_inputs()
+    batch = settings.export.batch or len(inputs["timestep"])
     started = time.monotonic()
     with _progress() as progress:
         artifact = dcr.compile(
             reference.load_reference_dit(),
             out,
-            example_inputs=reference.example_inputs(),
+            example_inputs=inputs,
             budget=budget,
             config=settings,
             conditions=reference.draw_labels,
@@ -280,7 +279,11 @@ def doctor(as_json: AsJson = False) -> None:
     console.print(table)
 
 
-def _settings(config: Path | None, assignments: list[str] | None) -> Any:
+def _settings(
+    config: Path | None,
+    assignments: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
     import yaml
 
     from diffcr_compile.config import load_config
@@ -291,7 +294,7 @@ def _settings(config: Path | None, assignments: list[str] | None) -> Any:
         if not found:
             raise UsageError(f"--set takes key=value, got {text!r}")
         overrides[key] = yaml.safe_load(value)
-    return load_config(config, overrides)
+    return load_config(config, overrides, defaults)
 
 
 def _read_report(out: Path) -> dict[str, Any]:

@@ -72,10 +72,10 @@ class CalibrationConfig(_Section):
     train: Literal["ratio", "router", "all"] = Field(
         default="all", description="ratios only; routers and ratios; or these and all weights"
     )
-    ratios: Literal["errors", "gradient", "uniform"] = Field(
-        default="errors",
-        description="where keep ratios come from: a table of measured errors, solved before the first "
-        "step; gradients, while the budget falls; or one for all (Mixture-of-Depths)",
+    ratios: Literal["gradient", "errors", "uniform"] = Field(
+        default="gradient",
+        description="where keep ratios come from: gradients, while the budget falls; a table of "
+        "measured errors, solved before the first step; or one for all (Mixture-of-Depths)",
     )
     estimator: Literal["boundary", "two_bin"] = Field(
         default="boundary",

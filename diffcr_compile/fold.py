@@ -53,15 +53,20 @@ def fold_constants(graph: fx.Graph, root: MutableMapping[str, Any]) -> int:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.get_attr(name))
         elif isinstance(value, (bool, int, float)):
-            for user in list(node.users):
-                user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs), lambda n, a=node, v=value: v if n is a else n
-                )
+            _use_number(node, value)
         else:
             continue
         made += 1
     graph.eliminate_dead_code(lambda node: keeps(node))
     return made
+
+
+def _use_number(node: fx.Node, value: bool | float) -> None:
+    def swap(argument: fx.Node) -> Any:
+        return value if argument is node else argument
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), swap)
 
 
 def _may_fold(node: fx.Node, values: MutableMapping[fx.Node, Any]) -> bool:

@@ -104,7 +104,7 @@ def _recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         with disable_proxy_modes_tracing():
             output = forward(*args, **kwargs)
-        tracer = mode.tracer
+        tracer: Any = mode.tracer
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         call = tracer.create_proxy("call_function", _block_call, (name, *proxies), {})
         return track_tensor_tree(output, call, constant=None, tracer=tracer)

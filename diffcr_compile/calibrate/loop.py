@@ -1,12 +1,14 @@
 """The calibration fine-tune: learn ratios while the budget falls, solve, settle at the schedule.
 
-With ``ratios: errors`` (the default) the schedule is solved before the first step, over a table of
-measured errors; the model is led there from all tokens kept, and most steps train at it. With ``ratios: gradient``, the paper's way:
+With ``ratios: gradient`` (the default):
 
 1. *Learn* (the first 1 - settle of the steps): the budget ramps from 1 down to what was asked;
    ratios are projected onto it after each step.
 2. *Solve*: the real ratios become integers, exactly under the budget.
 3. *Settle*: train on at that schedule, in the very graph that will be exported.
+
+With ``ratios: errors`` the schedule is solved before the first step, over a table of measured errors;
+the model is led there from all tokens kept, and most steps train at it.
 
 Each step takes states of one timestep bucket only, so K is one number per block and no sample is
 treated on its own; the buckets take turns. All randomness comes from (seed, step), so a run that

@@ -19,12 +19,8 @@ from diffcr_compile.runtime.sampler import euler_flow
 WEIGHTS = "dit.safetensors"
 NAME = "reference DiT (Fashion-MNIST, 256 tokens)"
 SAMPLE_SEED = 20_26
-# What the demo sets, beside the defaults. The table of errors (docs/decisions/0009) says that a block of
-# this model either keeps its tokens or may lose most of them, so nothing in between is offered.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "routing": {"min_keep_ratio": 0.25, "max_keep_ratio": 0.5},
-    "export": {"batch": 32},
-}
+# What the demo sets, beside the defaults.
+SETTINGS: dict[str, dict[str, Any]] = {"export": {"batch": 32}}
 NUM_CLASSES = NULL_LABEL
 
 

@@ -16,8 +16,8 @@ OUT ?= out
 BUDGET ?= 60%
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-EXTRAS := cpu,dev,diffusers,quality,report
-BENCHMARKS := quality_reference
+EXTRAS := cpu,dev,diffusers,quality,report,rtx
+BENCHMARKS := quality_reference routing_overhead
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -129,7 +129,12 @@ def _exported(
     inputs = [
         Input(next(placeholders)) if isinstance(leaf, Tensor) else leaf for leaf in every
     ]
-    graph, root = graph_with_block_calls(exported, model, names, inputs)
+    try:
+        graph, root = graph_with_block_calls(exported, model, names, inputs)
+    except CaptureError:
+        raise
+    except Exception as error:  # the exporter's account of a block's outputs may be wrong
+        raise CaptureError(f"the blocks cannot be cut out: {_first_lines(error)}") from error
     return _Captured(graph, root, exported.call_spec.out_spec, free_batch)
 
 

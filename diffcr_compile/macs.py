@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffcr_compile.blocks import BlockSpec, get_leaf, leaves
 from diffcr_compile.cut import cut_arguments
+from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
+from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.program import Program, selector_name, tensor_args
 from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
@@ -57,6 +59,9 @@ def measure_costs(
         max_keep_ratio: largest keep ratio below 1.0.
         skip_blocks: blocks that can be removed may also keep no token at all.
         mode: the mode of the program's tensors if they are fake already.
+
+    Raises:
+        UnsupportedModelError: sizes in the graph depend on values.
     """
     levels = {
         spec.name: keep_levels(
@@ -71,8 +76,15 @@ def measure_costs(
     counter = flop_counter()
     interpreter = _BlockCounter(program, levels, counter)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), counter:
-        interpreter.run(*(mode.from_tensor(t) for t in tensor_args(program, program.example)))
+    try:
+        with mode, torch.no_grad(), counter:
+            interpreter.run(
+                *(mode.from_tensor(t) for t in tensor_args(program, program.example))
+            )
+    except DATA_DEPENDENT as error:
+        raise UnsupportedModelError(
+            f"the costs cannot be counted: {needs_values(error)}"
+        ) from error
     batch = program.batch
     outer = (counter.get_total_flops() - interpreter.inside) / 2 / batch
     return CostTable(

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffcr_compile import routing
-from diffcr_compile.errors import VerificationError
+from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
+from diffcr_compile.errors import UnsupportedModelError, VerificationError
 from diffcr_compile.program import Program, Stage, router_name, tensor_args
 from diffcr_compile.routing import TokenSelector
 
@@ -35,6 +36,7 @@ def infer_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
     Raises:
         VerificationError: a node cannot run on what its inputs produce.
+        UnsupportedModelError: sizes in the graph depend on values.
     """
     interpreter = _ShapeRecorder(program.module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -53,6 +55,10 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             result = super().run_node(n)
+        except DATA_DEPENDENT as error:
+            raise UnsupportedModelError(
+                f"{n.name} cannot run: {needs_values(error)}"
+            ) from error
         except Exception as error:
             raise VerificationError(
                 f"{n.name} cannot run: {type(error).__name__}: {error}. A pass gave it an input of "

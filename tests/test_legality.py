@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffcr_compile.blocks import TokenAxis
+from diffcr_compile.blocks import BlockSpec, TokenAxis
+from diffcr_compile.capture import capture
+from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.legality import describe, find_blocks
+from diffcr_compile.macs import measure_costs
+from diffcr_compile.recorded import Call
+from diffcr_compile.residual import residual_pairs
+from diffcr_compile.streams import sample_input
+from diffcr_compile.trial import Trial
+from diffcr_compile.verify import verify
 from tests import models
 from tests.conftest import Case, keeping
 
@@ -172,6 +180,356 @@ def test_findings_say_which_input_is_the_sample() -> None:
     model, inputs = models.nested()
     assert find_blocks(model, (), inputs).sample == (1, "inputs", "x")
     assert find_blocks(model, (inputs["inputs"],), {}).sample == (0, 0, "x")
+
+
+LATENT, TEXT_STATES = torch.randn(2, 16), torch.randn(2, 7, 24)
+PICTURE, CODES = torch.randn(2, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "name"),
+    [
+        # one vector is denoised: text of more axes is not the sample
+        ({"latent": LATENT, "text": TEXT_STATES}, LATENT, "latent"),
+        # text differs from the image in one axis only, and comes first
+        ({"text": TEXT_STATES, "x": torch.randn(2, 36, 24)}, torch.randn(2, 36, 24), "x"),
+        # noise and its variance
+        ({"text": TEXT_STATES, "x": PICTURE}, torch.randn(2, 8, 8, 8), "x"),
+        # an integer sample, with one score per code in the output
+        ({"text": TEXT_STATES, "x": CODES}, torch.randn(2, 32, 8, 8), "x"),
+        # nothing fits, but there is no choice
+        ({"t": torch.ones(2), "x": PICTURE}, torch.randn(2, 16, 12), "x"),
+        # nothing fits, and there is one
+        ({"text": TEXT_STATES, "x": PICTURE}, torch.randn(2, 3, 5, 7, 9), None),
+    ],
+)
+def test_the_sample_is_told_from_the_other_inputs(
+    inputs: dict[str, Any], output: Tensor, name: str | None
+) -> None:
+    assert sample_input((), inputs, output) == ((1, name) if name else ())
+
+
+def test_without_a_sample_every_block_is_refused_for_that() -> None:
+    class Two(models.OwnDiT):
+        def forward(self, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            result: Tensor = super().forward(x + y, t)
+            return result.flatten(1)
+
+    inputs = models.inputs_for()
+    found = find_blocks(Two().eval(), (), {**inputs, "y": inputs["x"]})
+    assert found.blocks == ()
+    assert ["which one is the image" in refusal.reason for refusal in found.refused] == [
+        True
+    ] * 2
+
+
+class CodeDiT(models.OwnDiT):
+    """The sample is a map of codes, as in masked diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(9, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = super().forward(self.codes(x).movedim(-1, 1), t)
+        return result
+
+
+def test_the_sample_may_be_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 9, (2, 6, 6), generator=generator)
+    found = find_blocks(CodeDiT().eval(), (), {**models.inputs_for(), "x": codes})
+    assert found.sample == (1, "x")
+    assert [(s.name, s.num_tokens) for s in found.blocks] == [
+        ("blocks.0", 36),
+        ("blocks.1", 36),
+    ]
+
+
+# ------------------------------------------------------------------------------- weak parameters
+
+
+class WeakRoll(nn.Module):
+    """Every token takes a little of the one before it, through a parameter that is nearly off."""
+
+    def __init__(self, kind: str, size: float) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.kind, self.mix = kind, nn.Linear(16, 16, bias=False)
+        spread = 1 + 0.1 * torch.randn(16)
+        self.gate = nn.Parameter(
+            {
+                "vector": size * spread,
+                "scalar": torch.tensor([size]),
+                "row of a table": torch.stack([torch.ones(16), size * spread]),
+                "matrix": size * torch.randn(16, 16),
+            }[kind]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rolled = x.roll(1, dims=1)
+        x = x + self.mix(x)
+        if self.kind == "matrix":
+            return x + rolled @ self.gate
+        return x + rolled * (self.gate[1] if self.kind == "row of a table" else self.gate)
+
+
+@pytest.mark.parametrize("kind", ["vector", "scalar", "row of a table", "matrix"])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-5])
+def test_a_parameter_that_is_nearly_off_hides_nothing(kind: str, size: float) -> None:
+    call = Call(((models.randn(2, 12, 16),), {}), models.randn(2, 12, 16))
+    trial = Trial(WeakRoll(kind, size), call, TokenAxis((0, 0), 1), (), 12)
+    assert trial.permutation_error(()) > 1e-3
+    failure = trial.failure(())
+    assert failure is not None
+    assert "it mixes tokens by their position" in failure
+
+
+class OwnPrecision(nn.Module):
+    """Computes in another precision than it is given, as blocks do around their softmax."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.dtype, self.qkv = dtype, nn.Linear(16, 48)
+        self.table = torch.linspace(0.5, 2, 16)  # no buffer, so .double() leaves it as it is
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).to(self.dtype).chunk(3, dim=-1)
+        scale = torch.arange(16, dtype=self.dtype) + torch.full((16,), 0.1, dtype=self.dtype)
+        return x + ((q * scale @ k.mT).softmax(-1) @ v).type_as(x) * self.table.to(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_is_tried_in_float64_whatever_it_asks_for(dtype: torch.dtype) -> None:
+    call = Call(((models.randn(2, 12, 16),), {}), models.randn(2, 12, 16))
+    trial = Trial(OwnPrecision(dtype), call, TokenAxis((0, 0), 1), (), 12)
+    assert trial.failure(()) is None
+    assert trial.permutation_error(()) < 1e-12
+
+
+class Float32Only(OwnPrecision):
+    """Runs in float32 and nothing else, like a kernel that is compiled for it."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__(torch.float32)
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return super().forward(x.roll(self.shift, dims=1))
+
+
+def test_a_block_that_runs_in_float32_only_is_tried_in_float32() -> None:
+    call = Call(((models.randn(2, 12, 16),), {}), models.randn(2, 12, 16))
+    legal, illegal = (
+        Trial(Float32Only(shift), call, TokenAxis((0, 0), 1), (), 12) for shift in (0, 1)
+    )
+    assert legal.failure(()) is None
+    assert 0 < legal.permutation_error(()) < 1e-5
+    assert illegal.permutation_error(()) > 0.1
+
+
+# ------------------------------------------------------------------------- streams and residuals
+
+
+class Pair(nn.Module):
+    """``order`` says which output is whose residual."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.order, self.one, self.two = order, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        a, b = a + self.one(b), b + self.two(a)
+        return {"ab": (a, b), "ba": (b, a), "work and a": (self.one(b), a), "b": (b,)}[
+            self.order
+        ]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("ab", {(0,): (0, 0), (1,): (1, "b")}),
+        ("ba", {(0,): (1, "b"), (1,): (0, 0)}),
+        ("work and a", {(0,): (1, "b"), (1,): (0, 0)}),
+        ("b", {(0,): (1, "b")}),
+    ],
+)
+def test_an_output_goes_with_the_input_that_it_is_added_to(
+    order: str, expected: dict[Any, Any]
+) -> None:
+    block, one, two = Pair(order), models.randn(2, 5, 8), models.randn(2, 5, 8, seed=1)
+    output = block(one, b=two)
+    assert residual_pairs(block, Call(((one,), {"b": two}), output)) == expected
+
+
+def test_a_branch_may_run_where_nothing_adds_its_output() -> None:
+    """No residual inside and none outside: what bypasses the block is what it was given."""
+
+    class NoResidual(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.work = nn.Sequential(nn.Linear(width, width), nn.GELU())
+
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            result: Tensor = self.work(x) * condition[:, None]
+            return result
+
+    found = find_blocks(models.OwnDiT(NoResidual).eval(), (), models.inputs_for())
+    assert found.refused == ()
+    assert len(found.blocks) == 2
+
+
+# ------------------------------------------------------------------------------- roles of arguments
+
+
+class ManySizes(nn.Module):
+    """Two tables (N, D) behind a dozen arguments with an axis of N + another argument's channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.work = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        *parts, cos, sin = others
+        size = sum(part[..., :1].mean() for part in parts)
+        return x + self.work(x * cos) * size + self.work(x) * sin
+
+
+def test_channels_of_arguments_are_no_token_counts() -> None:
+    block = ManySizes(16)
+    odd = [models.randn(2, 20, seed=i) for i in range(9)]  # 20 = 12 tokens + 8 channels
+    args = (models.randn(2, 12, 16), models.randn(2, 8), *odd)
+    tables = (models.randn(12, 16, seed=20), models.randn(12, 16, seed=21))
+    call = Call(((*args, *tables), {}), models.randn(2, 12, 16))
+    trial = Trial(block, call, TokenAxis((0, 0), 1), (), 12)
+    aligned, _ = trial.smallest_alignment(())
+    assert aligned == tuple(TokenAxis((0, i), 0, 0, batched=False) for i in (11, 12))
+
+
+class JointTable(nn.Module):
+    """The stream is (registers, image); text is an argument of its own, and a table runs over all three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_k, self.to_v = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        both = torch.cat([text, x], dim=1)
+        keys, queries = self.to_k(both) * table, x * table[:, text.shape[1] :]
+        return x + (queries @ keys.mT).softmax(-1) @ self.to_v(both)
+
+
+def test_a_table_may_run_over_another_argument_and_the_whole_stream() -> None:
+    stream, text, table = (models.randn(2, n, 16, seed=n) for n in (15, 4, 19))
+    call = Call(((stream, text, table), {}), stream)
+    trial = Trial(JointTable(), call, TokenAxis((0, 0), 1, 3), (), 12)
+    assert trial.smallest_alignment(())[0] == (TokenAxis((0, 2), 1, 7),)
+
+
+# --------------------------------------------------------------------- shapes that depend on values
+
+
+class Sparse(models.OwnDiT):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = super().forward(x, t)
+        flat = result.flatten()
+        result = result.clone()
+        flat = flat.index_put((flat > 0,), flat[flat > 0] * 2)
+        return flat.view_as(result)
+
+
+def test_shapes_that_depend_on_values_are_an_error_of_ours() -> None:
+    model, inputs = Sparse().eval(), models.inputs_for()
+    program = capture(model, (), inputs, ())
+    with pytest.raises(UnsupportedModelError, match="depend on the values of tensors"):
+        verify(program)
+    with pytest.raises(UnsupportedModelError, match="depend on the values of tensors"):
+        measure_costs(program, 8, 0.1)
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+class Numbered(nn.Module):
+    """Blocks as attributes; what is named alike and is none of them stays out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = models.Embedding(16, 6)
+        self.block1, self.block2 = models.Block(), models.Block()
+        self.proj1, self.proj2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        tokens = self.block2(self.block1(tokens, condition), self.proj1(condition))
+        result: Tensor = self.proj2(tokens)
+        return result
+
+
+def test_numbered_attributes_are_candidates_where_no_container_is() -> None:
+    found = find_blocks(Numbered().eval(), (), models.inputs_for())
+    assert [spec.name for spec in found.blocks] == ["block1", "block2"]
+    assert found.refused == ()
+
+
+def _names(specs: tuple[BlockSpec, ...]) -> list[str]:
+    return [spec.name for spec in specs]
+
+
+class Layers(nn.Module):
+    """One block, written as a row of two different layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([models.Block(width), Residual(width)])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, condition)
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        result: Tensor = x + self.two(self.one(x).relu())
+        return result
+
+
+def test_different_layers_in_a_row_are_one_block() -> None:
+    found = find_blocks(models.OwnDiT(Layers).eval(), (), models.inputs_for())
+    assert _names(found.blocks) == ["blocks.0", "blocks.1"]
+
+
+class Stage(nn.Module):
+    """Two blocks in a row, and maybe half as much again that is none."""
+
+    def __init__(self, width: int, *, own: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([models.Block(width) for _ in range(2)])
+        self.own = models.Block(width) if own else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition)
+        return x if self.own is None else self.own(x, condition)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_row_of_blocks_is_opened_and_a_block_with_more_in_it_is_not(own: bool) -> None:
+    model = models.OwnDiT(Stage, depth=2, own=own).eval()
+    found = find_blocks(model, (), models.inputs_for())
+    inner = [f"blocks.{i}.blocks.{j}" for i in range(2) for j in range(2)]
+    assert _names(found.blocks) == (["blocks.0", "blocks.1"] if own else inner)
+    assert found.refused == ()
 
 
 def test_describe_is_one_line_with_the_roles() -> None:

@@ -1,0 +1,85 @@
+"""Run a model and record what its blocks are given and what they return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.blocks import Path, leaves, map_leaves
+
+# (name of a block, its (args, kwargs), its output) -> what it returns instead
+Edit = Callable[[str, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One recorded call of a block: ``tree`` is (args, kwargs)."""
+
+    tree: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+
+
+class IllegalError(Exception):
+    """Why a candidate may not be routed."""
+
+
+def run_recorded(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    candidates: Mapping[str, nn.Module],
+    edit: Edit | None,
+) -> tuple[dict[str, list[Call]], Any]:
+    """(calls of the candidates in running order, output of the model), with their outputs edited."""
+    calls: dict[str, list[Call]] = {}
+    handles = []
+    for name, module in candidates.items():
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+            tree = (tuple(args), dict(kwargs))
+            calls.setdefault(name, []).append(Call(tree, output))
+            return edit(name, tree, output) if edit else None
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
+
+
+def two_samples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with at least two samples: one alone hides which arguments go with the batch."""
+    given = (tuple(args), dict(kwargs))
+    tensors = [leaf for _, leaf in leaves(given) if isinstance(leaf, Tensor)]
+    if not tensors or max(tensors, key=lambda t: t.ndim).shape[:1] != (1,):
+        return given
+
+    def double(_: Path, leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)
+        return torch.cat([leaf, leaf]) if is_batched else leaf
+
+    doubled = map_leaves(given, double)
+    try:
+        model(*doubled[0], **doubled[1])
+    except Exception:  # noqa: BLE001 - a model that takes one sample only
+        return given
+    return doubled[0], doubled[1]
+
+
+def output_tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in an output, also in an output dataclass."""
+    if hasattr(tree, "to_tuple"):  # the output dataclasses of diffusers and transformers
+        tree = tree.to_tuple()
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+    for _, leaf in leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf

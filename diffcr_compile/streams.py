@@ -1,0 +1,347 @@
+"""The image stream of each block: which input is denoised, where it arrives, and what it becomes.
+
+All of it is found by changing something in front of the blocks or in their place, and looking at what
+moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
+from diffcr_compile.recorded import (
+    Call,
+    IllegalError,
+    output_tensors,
+    run_recorded,
+    two_samples,
+)
+from diffcr_compile.residual import Pairs, first_come, identity_output, is_float
+
+__all__ = [
+    "Call",
+    "IllegalError",
+    "Moved",
+    "Outside",
+    "Pairs",
+    "identity_output",
+    "image_stream",
+    "moved_positions",
+    "output_tensors",
+    "record_calls",
+    "sample_input",
+    "two_samples",
+]
+
+
+def record_calls(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    candidates: Mapping[str, nn.Module],
+    *,
+    identity: bool,
+    pairs: Mapping[str, Pairs] | None = None,
+) -> tuple[dict[str, list[Call]], Any]:
+    """Run the model and record every call of a candidate, in running order.
+
+    Args:
+        model: in evaluation mode.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        candidates: modules to watch, by name.
+        identity: each candidate returns its inputs instead of its outputs.
+        pairs: per candidate, which input for which output; first come first served without.
+    """
+
+    def bypass(name: str, tree: Any, output: Any) -> Any:
+        return identity_output(tree, output, (pairs or {}).get(name))
+
+    return run_recorded(model, args, kwargs, candidates, bypass if identity else None)
+
+
+def sample_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Path:
+    """The input that is denoised, () if none can be told from the others.
+
+    In this order: a float tensor of the output's shape; one that differs from it in one axis; the
+    only float tensor with more than two axes; codes (integers) of the output's batch and sides.
+    """
+    result = next(output_tensors(output), None)
+    tensors = [
+        (path, leaf)
+        for path, leaf in leaves((tuple(args), dict(kwargs)))
+        if isinstance(leaf, Tensor)
+    ]
+    floats = [(path, leaf) for path, leaf in tensors if leaf.is_floating_point()]
+    wide = [(path, leaf) for path, leaf in floats if leaf.ndim >= 3]
+    if result is None:
+        return wide[0][0] if wide else ()
+    for path, leaf in floats:
+        if leaf.ndim >= 2 and leaf.shape == result.shape:
+            return path
+    for path, leaf in wide:
+        if leaf.ndim == result.ndim:
+            differing = sum(a != b for a, b in zip(leaf.shape, result.shape, strict=True))
+            if differing <= 1:
+                return path
+    for path, leaf in tensors:
+        is_code = not (leaf.is_floating_point() or leaf.is_complex()) and leaf.ndim >= 2
+        if is_code and leaf.shape in _without_channels(result.shape):
+            return path
+    return wide[0][0] if len(wide) == 1 else ()
+
+
+def _without_channels(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """A shape with one axis left out, not the batch."""
+    return [(*shape[:axis], *shape[axis + 1 :]) for axis in range(1, len(shape))]
+
+
+def _perturbed(leaf: Tensor, samples: slice) -> Tensor:
+    """Other values for some samples: noise on numbers, another order of codes."""
+    generator = torch.Generator().manual_seed(0)
+    if leaf.is_floating_point():
+        changed = leaf + torch.randn(leaf.shape, generator=generator).to(leaf)
+    else:
+        order = torch.randperm(leaf[0].numel(), generator=generator).to(leaf.device)
+        changed = leaf.flatten(1)[:, order].view_as(leaf)
+    mixed = leaf.clone()
+    mixed[samples] = changed[samples]
+    return mixed
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What moves in one block's arguments when the image does, all blocks being the identity.
+
+    Attributes:
+        tokens: argument (B, L, C) -> positions on axis 1 that move.
+        rows: the same on axis 0.
+        first_sample: both (rows, tokens) when the image of the first sample alone changes; None if
+            there is but one sample.
+        pairs: which input for which output; None if nobody has looked.
+        outside: what else can be found out about the model around the blocks.
+    """
+
+    tokens: Mapping[Path, Tensor]
+    rows: Mapping[Path, Tensor]
+    first_sample: Mapping[Path, tuple[Tensor, Tensor]] | None
+    pairs: Pairs | None
+    outside: Outside
+
+
+def moved_positions(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    candidates: Mapping[str, nn.Module],
+    sample: Path,
+    pairs: Mapping[str, Pairs] | None = None,
+) -> dict[str, Moved]:
+    """Per block: which positions of its arguments depend on the image, blocks being identity."""
+    if not sample:
+        return {}
+    outside = Outside(model, (tuple(args), dict(kwargs)), candidates, sample, pairs or {})
+    size = get_leaf((args, kwargs), sample).shape[0]
+    try:
+        before = outside.before[0]
+        after = outside.identity(outside.changed(slice(None)))[0]
+        first = outside.identity(outside.changed(slice(1)))[0] if size > 1 else None
+    except Exception:  # noqa: BLE001 - a block whose output is no input cannot be an identity
+        return {}
+    found: dict[str, Moved] = {}
+    for name in before:
+        moved = _moved_on(before[name][0], after[name][0])
+        found[name] = Moved(
+            tokens={path: axes[1] for path, axes in moved.items()},
+            rows={path: axes[0] for path, axes in moved.items()},
+            first_sample=_moved_on(before[name][0], first[name][0]) if first else None,
+            pairs=(pairs or {}).get(name),
+            outside=outside,
+        )
+    return found
+
+
+def _moved_on(before: Call, after: Call) -> dict[Path, tuple[Tensor, Tensor]]:
+    """Per argument of three axes: which rows of axis 0, and of axis 1, differ."""
+    others = dict(leaves(after.tree))
+    found = {}
+    for path, leaf in leaves(before.tree):
+        if is_float(leaf) and leaf.ndim == 3:
+            differs = (leaf != others[path]).any(2)
+            found[path] = (differs.any(1), differs.any(0))
+    return found
+
+
+class Outside:
+    """Experiments on the model around its blocks, each made when it is first asked for."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tree: tuple[tuple[Any, ...], dict[str, Any]],
+        candidates: Mapping[str, nn.Module],
+        sample: Path,
+        pairs: Mapping[str, Pairs],
+    ) -> None:
+        self.model, self.tree, self.candidates = model, tree, candidates
+        self.sample, self.pairs = sample, pairs
+
+    def changed(self, samples: slice) -> Any:
+        """The inputs with another image."""
+        return map_leaves(
+            self.tree,
+            lambda path, leaf: _perturbed(leaf, samples) if path == self.sample else leaf,
+        )
+
+    def identity(self, tree: Any) -> tuple[dict[str, list[Call]], Any]:
+        """Run with every block bypassed."""
+        args, kwargs = tree
+        return record_calls(
+            self.model, args, kwargs, self.candidates, identity=True, pairs=self.pairs
+        )
+
+    @functools.cached_property
+    def before(self) -> tuple[dict[str, list[Call]], Any]:
+        return self.identity(self.tree)
+
+    @functools.cached_property
+    def bypassed(self) -> frozenset[str]:
+        """Blocks that the image gets past without going through them.
+
+        All blocks return zeros. If the image still reaches the stream of the next one, or the model's
+        output behind the last, the model adds the block's output to something itself.
+        """
+
+        def zeros(name: str, tree: Any, output: Any) -> Any:
+            pairs = self.pairs.get(name) or first_come(tree, output)
+            return map_leaves(
+                output, lambda path, leaf: torch.zeros_like(leaf) if path in pairs else leaf
+            )
+
+        try:
+            with torch.no_grad():
+                one, two = (
+                    run_recorded(self.model, args, kwargs, self.candidates, zeros)
+                    for args, kwargs in (self.tree, self.changed(slice(None)))
+                )
+        except Exception:  # noqa: BLE001 - the user's model may raise anything
+            return frozenset()
+        names = list(one[0])
+        reached = []
+        for name in names:
+            call, other = one[0][name][0], two[0][name][0]
+            pairs = self.pairs.get(name) or first_come(call.tree, call.output)
+            reached.append(
+                any(
+                    not torch.equal(get_leaf(call.tree, path), get_leaf(other.tree, path))
+                    for path in pairs.values()
+                )
+            )
+        outputs = zip(output_tensors(one[1]), output_tensors(two[1]), strict=True)
+        reached.append(any(not torch.equal(a, b) for a, b in outputs))
+        return frozenset(name for name, past in zip(names, reached[1:], strict=True) if past)
+
+    def is_read(self, name: str, output: Path) -> bool:
+        """Whether anybody reads a block's output at that path: NaN in its place shows somewhere."""
+
+        def spoil(other: str, tree: Any, result: Any) -> Any:
+            result = identity_output(tree, result, self.pairs.get(other))
+            if other != name:
+                return result
+            return map_leaves(
+                result,
+                lambda path, leaf: (
+                    torch.full_like(leaf, torch.nan)
+                    if path == output and is_float(leaf)
+                    else leaf
+                ),
+            )
+
+        with torch.no_grad():
+            calls, result = run_recorded(
+                self.model, *self.tree, candidates=self.candidates, edit=spoil
+            )
+        before, expected = self.before
+        seen = [(result, expected)] + [
+            (call.tree, before[other][index].tree)
+            for other, found in calls.items()
+            for index, call in enumerate(found)
+        ]
+        return any(
+            not torch.equal(torch.isnan(a), torch.isnan(b))
+            for found, wanted in seen
+            for a, b in zip(output_tensors(found), output_tensors(wanted), strict=True)
+            if a.is_floating_point()
+        )
+
+
+def image_stream(
+    call: Call, moved: Moved | None, pairs: Pairs | None = None
+) -> tuple[Path, Path, tuple[int, int]]:
+    """(path in the call, path in the output, (start, num_tokens)) of the image stream.
+
+    Args:
+        call: a call of the block.
+        moved: which of its arguments follow the image.
+        pairs: which input for which output; those of `moved`, or first come first served, without.
+    """
+    if moved is None:
+        raise IllegalError(
+            "it does not run when the other blocks are replaced by the identity"
+        )
+    results = [(path, leaf) for path, leaf in leaves(call.output) if isinstance(leaf, Tensor)]
+    if not results:
+        raise IllegalError(
+            f"its output is {type(call.output).__name__}, with no tensor in a tuple or list"
+        )
+    if pairs is None:
+        pairs = moved.pairs if moved.pairs is not None else first_come(call.tree, call.output)
+    sources = {
+        out: source for out, source in pairs.items() if is_float(get_leaf(call.tree, source))
+    }
+    if not sources:
+        shapes = [tuple(leaf.shape) for _, leaf in results]
+        raise IllegalError(
+            f"no input has the shape of its output {shapes}, so a token cannot bypass it"
+        )
+    streams = [
+        (sources[out], out)
+        for out, _ in results
+        if out in sources and sources[out] in moved.tokens and moved.tokens[sources[out]].any()
+    ]
+    if not streams:
+        shapes = sorted({tuple(get_leaf(call.tree, path).shape) for path in sources.values()})
+        raise IllegalError(
+            f"no image token reaches it in a (batch, tokens, channels) stream; its streams are {shapes}"
+        )
+    if len(streams) > 1:
+        raise IllegalError(f"it carries {len(streams)} image streams; one is needed")
+    path, output_path = streams[0]
+    _check_batch_axis(path, moved, tuple(get_leaf(call.tree, path).shape))
+    where = moved.tokens[path].nonzero().flatten()
+    start, count = int(where[0]), len(where)
+    if int(where[-1]) - start + 1 != count:
+        raise IllegalError(
+            f"its {count} image tokens are not contiguous ({start} to {int(where[-1])})"
+        )
+    if count < 2:
+        raise IllegalError(f"its stream has {count} image token")
+    return path, output_path, (start, count)
+
+
+def _check_batch_axis(path: Path, moved: Moved, shape: tuple[int, ...]) -> None:
+    """The first sample alone must move fewer rows of axis 0, and the same ones of axis 1."""
+    if moved.first_sample is None:
+        return
+    rows, tokens = moved.first_sample[path]
+    if torch.equal(rows, moved.rows[path]) and not torch.equal(tokens, moved.tokens[path]):
+        raise IllegalError(
+            f"axis 1 of its stream {shape} runs along the samples of the batch and not, or not only, "
+            "along tokens: the stream must be (batch, tokens, channels), with the batch first"
+        )

@@ -26,10 +26,11 @@ from diffcr_compile.calibrate.loop import CalibrationResult, own_weights, run_ca
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
-from diffcr_compile.errors import CaptureError, UnsupportedModelError, UsageError
+from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact, export_dense
 from diffcr_compile.export.parity import Parity, compare
-from diffcr_compile.legality import Findings, describe, find_blocks
+from diffcr_compile.inspection import Plan, make_plan
+from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.manifest import (
     Manifest,
@@ -60,6 +61,7 @@ from diffcr_compile.schedule import (
     TokenSchedule,
     check_budget,
 )
+from diffcr_compile.targets import find_target
 from diffcr_compile.vector_math import settle_vector_math
 from diffcr_compile.workspace import Workspace, fingerprint
 
@@ -83,34 +85,6 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What :func:`inspect` found out about a model.
-
-    Attributes:
-        blocks: one line per block that can be routed, with the roles of its arguments.
-        refused: block -> why it stays dense.
-        costs: MACs per block and kept tokens; None if the model could not be captured.
-        error: why the model cannot be captured; None if it can.
-    """
-
-    blocks: tuple[str, ...]
-    refused: Mapping[str, str]
-    costs: CostTable | None
-    error: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        costs = self.costs
-        return {
-            "blocks": list(self.blocks),
-            "refused": dict(self.refused),
-            "error": self.error,
-            "macs_dense": costs.dense if costs else None,
-            "macs_outer": costs.outer if costs else None,
-            "smallest_budget": costs.smallest_budget() if costs and self.blocks else None,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
 class Artifact:
     """A compiled model on disk."""
 
@@ -124,19 +98,31 @@ class Artifact:
 
 
 def inspect(
-    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig | None = None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    config: RoutingConfig | None = None,
+    *,
+    target: str = "ort-cpu",
+    macs_per_byte: float | None = None,
 ) -> Plan:
-    """Find out what can be routed. Changes nothing; what is wrong is in the result."""
-    config = config or RoutingConfig()
+    """A dry run: what can be routed, what it brings, what it takes; changes nothing.
+
+    It takes seconds and little more memory than the weights; the model may also be on the meta device.
+    What is wrong with the model is in the result. ``print`` shows it as a table.
+
+    Args:
+        model: any DiT.
+        example_inputs: keyword inputs as a dict, or positional ones as a tuple.
+        config: settings of the routing.
+        target: name of the device whose limits count, see ``targets.py``.
+        macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    settings = CompileConfig(routing=config or RoutingConfig())
     args, kwargs = _call(example_inputs)
-    findings = find_blocks(model, args, kwargs)
-    refused = {r.block: r.reason for r in findings.refused}
-    lines = tuple(describe(spec) for spec in findings.blocks)
-    try:
-        program = _capture(model, args, kwargs, findings)
-    except (CaptureError, UsageError) as error:
-        return Plan(lines, refused, None, str(error))
-    return Plan(lines, refused, _costs(program, config))
+    return make_plan(model, args, kwargs, settings, find_target(target), macs_per_byte)
 
 
 def route(

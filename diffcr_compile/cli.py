@@ -136,28 +136,32 @@ def compile_(
 
 
 @app.command()
-def inspect(model: ModelName, inputs: Inputs = None, as_json: AsJson = False) -> None:
-    """Say which blocks can be routed, which cannot and why, and what the model costs."""
+def inspect(
+    model: ModelName,
+    inputs: Inputs = None,
+    target: Annotated[
+        str, typer.Option(help="device: ort-cpu, orin-jp6, thor-jp7 or rtx")
+    ] = "ort-cpu",
+    macs_per_byte: Annotated[
+        float | None,
+        typer.Option(help="MACs the device does in the time in which it moves a byte"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Dry run: what can be routed and why, what it brings and takes, what to run next."""
     import diffcr_compile as dcr
+    from diffcr_compile.plan_text import plan_text
     from diffcr_compile.sources import load_case
 
     case = load_case(model, inputs)
-    plan = dcr.inspect(case.model, case.inputs)
+    plan = dcr.inspect(case.model, case.inputs, target=target, macs_per_byte=macs_per_byte)
+    given = str(inputs) if inputs else None
     if as_json:
-        print(json.dumps(plan.to_json(), indent=1))
+        print(json.dumps(plan.to_json(model, given), indent=1))
         return
-    console.print(f"[bold]{case.name}[/]")
-    for line in plan.blocks:
-        console.print("  routed   ", line, markup=False, highlight=False)
-    for block, reason in plan.refused.items():
-        console.print(f"  refused   {block}: {reason}", markup=False, highlight=False)
-    if plan.error:
-        console.print(f"cannot be captured: {plan.error}", markup=False)
-    if plan.costs and plan.blocks:
-        console.print(
-            f"{plan.costs.dense / 1e6:,.1f} M MACs per sample, {plan.costs.outer / plan.costs.dense:.1%} "
-            f"outside the blocks; smallest reachable budget {plan.costs.smallest_budget():.1%}"
-        )
+    console.print(
+        plan_text(plan, case.name, model, given), markup=False, highlight=False, soft_wrap=True
+    )
 
 
 @app.command()

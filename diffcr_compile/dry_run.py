@@ -1,0 +1,374 @@
+"""Look at a model without running it: legality, capture and costs in seconds, in little memory.
+
+The full way (``legality.find_blocks``) runs the model on real numbers several times and tries every
+block. Here
+
+1. the whole model runs once on *fake* tensors, which have shapes and no data; that gives the calls
+   of the blocks, their MACs and a trace of each block (``op_trace.py``);
+2. only what stands *outside* the blocks runs on real numbers, each block being the identity; that shows
+   where the image tokens are and gives each block real inputs;
+3. the experiments of ``legality.py`` run in float64 on one block of each structure. A block whose trace
+   equals a tried one's, with all tokens and with half of them, has its result;
+4. the graph is captured with fake weights and with stand-ins for the blocks, and one block of each
+   structure is traced on its own.
+
+The user's model is never touched: all of it works on copies of the modules that share the weights.
+Weights on the meta device (no data) are given random values, one block at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from diffcr_compile.blocks import (
+    BlockSpec,
+    Refusal,
+    TokenAxis,
+    get_leaf,
+    leaves,
+    map_leaves,
+)
+from diffcr_compile.capture import capture
+from diffcr_compile.copies import fake_copy, fill_meta, shared_copy, to_fake, with_data
+from diffcr_compile.cut import cut_arguments
+from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.legality import Examiner, Findings, block_candidates, examine, find_blocks
+from diffcr_compile.macs import flop_counter
+from diffcr_compile.op_trace import OpTrace, buffer_contents
+from diffcr_compile.program import Program
+from diffcr_compile.stand_in import stand_in
+from diffcr_compile.streams import (
+    Call,
+    IllegalError,
+    Moved,
+    Pairs,
+    image_stream,
+    output_tensors,
+    two_samples,
+)
+
+Tree = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        findings: blocks and refusals, as from ``legality.find_blocks``.
+        same_as: block -> the block of the same structure that was tried in its place.
+        calls: block -> its first call on fake tensors.
+        macs: block -> MACs per sample of its calls; refused ones too.
+        total_macs: MACs per sample of the whole model; None if it does not run on fake tensors.
+        ops: ATen op -> how often it ran in one forward.
+        forward_bytes: bytes of all tensors that one forward of one sample makes.
+        output_bytes: bytes of the output, per sample.
+        program: CAPTURED, on tensors of `mode`; None if the model cannot be captured.
+        mode: fake mode of `program`; None if its tensors are real.
+        error: why the model cannot be captured or run; None if it can.
+        note: what was done in another way than usual, and why; None if nothing.
+    """
+
+    findings: Findings
+    mode: FakeTensorMode | None = None
+    same_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    calls: Mapping[str, Call] = dataclasses.field(default_factory=dict)
+    macs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    total_macs: float | None = None
+    ops: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    forward_bytes: int = 0
+    output_bytes: int = 0
+    program: Program | None = None
+    error: str | None = None
+    note: str | None = None
+
+
+def dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DryRun:
+    """Look at `model`; what is wrong with it is in the result, nothing is raised.
+
+    Args:
+        model: any DiT, also one on the meta device; it is not changed.
+        args: positional example inputs.
+        kwargs: keyword example inputs. Those on the meta device get random values, integers 0.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tree: Tree = map_leaves((tuple(args), dict(kwargs)), lambda _, leaf: with_data(leaf))
+    try:
+        whole, twin = shared_copy(model), fake_copy(model, mode)
+        with torch.no_grad():
+            samples = two_samples(twin, *tree)
+        tried = _OnePerStructure(twin, mode, _FakeRun(whole, twin, samples, mode))
+        findings = find_blocks(whole, *samples, tried)
+    except Exception as error:  # noqa: BLE001 - the user's model may raise anything
+        return _on_real_numbers(model, tree, error)
+    same_as = {b: o for b, o in tried.same_as.items() if b in _names(findings)}
+    program, problem = _captured(model, twin, tree, tried, findings)
+    is_fake = program is not None and any(
+        isinstance(t, FakeTensor) for t in program.example.values()
+    )
+    first = tried.first
+    return DryRun(
+        findings=findings,
+        mode=mode if is_fake else None,
+        same_as=same_as,
+        calls=tried.calls,
+        macs=tried.macs,
+        total_macs=first.total_macs,
+        ops=dict(first.trace.counts),
+        forward_bytes=first.trace.new_bytes // first.batch,
+        output_bytes=_bytes(first.output) // first.batch,
+        program=program,
+        error=problem,
+    )
+
+
+def _names(findings: Findings) -> set[str]:
+    return {s.name for s in findings.blocks} | {r.block for r in findings.refused}
+
+
+def _on_real_numbers(model: nn.Module, tree: Tree, reason: Exception) -> DryRun:
+    """The full way, for a model that looks at the values of its tensors."""
+    nothing = Findings((), (), ())
+    if _has_no_data(model):
+        return DryRun(nothing, error=f"it does not run without data: {_short(reason)}")
+    whole = shared_copy(model)
+    try:
+        findings = find_blocks(whole, *tree)
+    except Exception as error:  # noqa: BLE001 - the user's model may raise anything
+        return DryRun(nothing, error=f"it does not run on the example inputs: {_short(error)}")
+    note = f"the whole model ran on real numbers, because it does not run without: {_short(reason)}"
+    try:
+        return DryRun(findings, program=_capture(whole, tree, findings), note=note)
+    except (CaptureError, UsageError) as error:
+        return DryRun(findings, error=str(error), note=note)
+
+
+class _FakeRun:
+    """One forward on fake tensors: the calls of the candidates, their traces and MACs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        tree: Tree,
+        mode: FakeTensorMode,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.mode = mode
+        self.batch = max(
+            (t for _, t in leaves(tree) if isinstance(t, Tensor)), key=_axes
+        ).shape[0]
+        names = [n for n, _ in block_candidates(twin)] if names is None else names
+        self.modules = {name: twin.get_submodule(name) for name in names}
+        self.contents = {n: buffer_contents(model.get_submodule(n)) for n in names}
+        self.calls: dict[str, list[Call]] = {}
+        self.digests: dict[str, str] = {}
+        self.macs: dict[str, float] = {}
+        self.trace, self.counter = OpTrace(), flop_counter()
+        args, kwargs = map_leaves(tree, lambda _, leaf: to_fake(leaf, mode))
+        handles = [h for name in names for h in self._watch(name)]
+        try:
+            with torch.no_grad(), mode, self.counter, self.trace:
+                self.output = twin(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.total_macs = self.counter.get_total_flops() / 2 / self.batch
+
+    def _watch(self, name: str) -> Iterator[Any]:
+        flops = 0
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal flops
+            flops = self.counter.get_total_flops()
+            self.trace.start(module, (args, kwargs), self.contents[name])
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.digests[name] = self.trace.stop(output)
+            spent = (self.counter.get_total_flops() - flops) / 2 / self.batch
+            self.macs[name] = self.macs.get(name, 0.0) + spent
+            call = Call((tuple(args), dict(kwargs)), output)
+            self.calls.setdefault(name, []).append(call)
+
+        module = self.modules[name]
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after, with_kwargs=True)
+
+    def digest_of_half(self, name: str, axes: Sequence[TokenAxis], num_tokens: int) -> str:
+        """Trace of a block on half of its image tokens, or why it does not run on them."""
+        tree, trace = self.calls[name][0].tree, OpTrace()
+        stream = get_leaf(tree, axes[0].path)
+        with torch.no_grad(), self.mode:
+            index = torch.zeros(
+                self.batch, max(1, num_tokens // 2), dtype=torch.int64, device=stream.device
+            )
+            args, kwargs = cut_arguments(tree, axes, index, num_tokens)
+            trace.start(self.modules[name], (args, kwargs), self.contents[name])
+            try:
+                with trace:
+                    output = self.modules[name](*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - the user's block may raise anything
+                return _short(error)
+            return trace.stop(output)
+
+
+class _OnePerStructure(Examiner):
+    """Runs the model around stand-ins, and tries one block of each structure.
+
+    Attributes:
+        first: the fake run of the outermost candidates.
+        calls: candidate -> its first call on fake tensors, those inside of others too.
+        macs: candidate -> MACs per sample.
+        same_as: candidate -> the one of its structure that was tried.
+    """
+
+    def __init__(self, twin: nn.Module, mode: FakeTensorMode, first: _FakeRun) -> None:
+        self.twin, self.mode, self.first = twin, mode, first
+        self.seen = first
+        self.calls: dict[str, Call] = {}
+        self.macs: dict[str, float] = {}
+        self.same_as: dict[str, str] = {}
+        self._tried: dict[str, list[BlockSpec | Refusal]] = {}  # key -> what was found
+        self._pairs: dict[str, Pairs] = {}  # digest -> which input for which output
+
+    def prepared(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        candidates: Mapping[str, nn.Module],
+    ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        if set(candidates) != set(self.first.modules):  # candidates inside of candidates
+            self.seen = _FakeRun(
+                model, self.twin, (args, dict(kwargs)), self.mode, list(candidates)
+            )
+            self._tried.clear()
+        shell = fill_meta(shared_copy(model), leave=candidates)
+        watched = {name: shell.get_submodule(name) for name in candidates}
+        for name, calls in self.seen.calls.items():
+            stand_in(watched[name], calls[0])
+            self.calls[name], self.macs[name] = calls[0], self.seen.macs[name]
+        return shell, watched
+
+    def pairs(self, name: str, module: nn.Module, call: Call) -> Pairs:
+        digest = self.seen.digests[name]
+        if digest not in self._pairs:
+            self._pairs[digest] = super().pairs(name, fill_meta(shared_copy(module)), call)
+        return self._pairs[digest]
+
+    def examine(
+        self,
+        name: str,
+        module: nn.Module,
+        calls: Sequence[Call],
+        moved: Moved | None,
+        known: Sequence[BlockSpec],
+    ) -> BlockSpec:
+        if len(calls) != 1 or moved is None:
+            return examine(name, module, calls, moved, known)  # refuses it without a run
+        key, axes, num_tokens = self._key(name, calls[0], moved)
+        for found in self._tried.setdefault(key, []):
+            other = found.name if isinstance(found, BlockSpec) else found.block
+            cut = (found.stream, *found.aligned) if isinstance(found, BlockSpec) else axes
+            if cut and not self._agree_on_half(name, other, cut, num_tokens):
+                continue
+            self.same_as[name] = other
+            if isinstance(found, BlockSpec):
+                return dataclasses.replace(found, name=name, members=())
+            raise IllegalError(found.reason)
+        try:
+            spec = examine(name, fill_meta(shared_copy(module)), calls, moved, known)
+        except IllegalError as reason:
+            self._tried[key].append(Refusal(name, str(reason)))
+            raise
+        self._tried[key].append(spec)
+        return spec
+
+    def _key(
+        self, name: str, call: Call, moved: Moved
+    ) -> tuple[str, tuple[TokenAxis, ...], int]:
+        """Equal for blocks of one structure in equal surroundings; and the stream, if there is one."""
+        pairs = moved.pairs or {}
+        unread = [
+            path
+            for path, leaf in leaves(call.output)
+            if isinstance(leaf, Tensor)
+            and path not in pairs
+            and not moved.outside.is_read(name, path)
+        ]
+        around = f"{self.seen.digests[name]} {unread} {name in moved.outside.bypassed}"
+        try:
+            stream = image_stream(call, moved)
+        except IllegalError as reason:
+            return f"{around} {reason}", (), 0
+        path, _, (start, num_tokens) = stream
+        return f"{around} {stream}", (TokenAxis(path, 1, start),), num_tokens
+
+    def _agree_on_half(
+        self, name: str, other: str, axes: tuple[TokenAxis, ...], num_tokens: int
+    ) -> bool:
+        one, two = (self.seen.digest_of_half(n, axes, num_tokens) for n in (name, other))
+        return one == two
+
+
+def _captured(
+    model: nn.Module, twin: nn.Module, tree: Tree, tried: _OnePerStructure, findings: Findings
+) -> tuple[Program | None, str | None]:
+    """The CAPTURED program, with fake weights if that can be, or why there is none."""
+    fake: Tree = map_leaves(tree, lambda _, leaf: to_fake(leaf, tried.mode))
+    try:
+        light = shared_copy(twin)
+        for spec in findings.blocks:
+            call = tried.calls[spec.name]
+            if spec.name not in tried.same_as:
+                _check_traceable(spec.name, twin.get_submodule(spec.name), call)
+            stand_in(light.get_submodule(spec.name), call, reads_all=True)
+        program = _capture(light, fake, findings)
+        bodies = {spec.name: twin.get_submodule(spec.name) for spec in findings.blocks}
+        return program.with_graph(program.copy_graph(), bodies), None
+    except Exception as error:  # noqa: BLE001 - not every model can be traced on fake tensors
+        problem = str(error)
+    if _has_no_data(model):
+        return None, problem
+    try:  # with data and all blocks there is one way more to capture a model
+        return _capture(shared_copy(model), tree, findings), None
+    except (CaptureError, UsageError) as error:
+        return None, str(error)
+
+
+def _capture(model: nn.Module, tree: Tree, findings: Findings) -> Program:
+    blocks, refused, sample = findings.blocks, findings.refused, findings.sample
+    return capture(model, *tree, blocks, refused, sample)
+
+
+def _check_traceable(name: str, block: nn.Module, call: Call) -> None:
+    args, kwargs = call.tree
+    try:
+        with torch.no_grad():
+            torch.export.export(block, args, kwargs, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot trace the block {name}: {_short(error)}"
+        ) from error
+
+
+def _has_no_data(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _axes(tensor: Tensor) -> int:
+    return tensor.ndim
+
+
+def _bytes(output: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in output_tensors(output))
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -211,7 +211,12 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
     if program.dynamic_batch:  # a model may fix it without a word, and the exporter too
         trials["one more sample"] = _one_more(program, bound)
     for what, inputs in trials.items():
-        expected = _tensors(_call_model(model, program, inputs))
+        try:
+            expected = _tensors(_call_model(model, program, inputs))
+        except Exception as error:
+            raise CaptureError(
+                f"the model itself does not run on {what}: {_first_lines(error)}"
+            ) from error
         try:
             found = _tensors(_call_model(program.module, program, inputs))
         except Exception as error:
@@ -255,7 +260,7 @@ def _unseen(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
         name = names[path]
         if leaf.ndim > 0 and leaf.shape[0] == batch:
             leaf = leaf.roll(1, 0)
-        if name == program.sample_input:
+        if name == program.sample_input and leaf.is_floating_point():
             return leaf + torch.randn(leaf.shape, generator=generator).to(leaf)
         if name == program.timestep_input:
             return leaf // 2 if not leaf.is_floating_point() else leaf * 0.5

@@ -24,7 +24,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
             )
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(made, requires_grad=tensor.requires_grad)
+            return nn.Parameter(made, requires_grad=False)  # some models switch gradients on
         return made
 
     return _copy(model, fake)

@@ -147,6 +147,8 @@ def _on_real_numbers(model: nn.Module, tree: Tree, reason: Exception) -> DryRun:
         return DryRun(findings, program=_capture(whole, tree, findings), note=note)
     except (CaptureError, UsageError) as error:
         return DryRun(findings, error=str(error), note=note)
+    except Exception as error:  # noqa: BLE001 - the user's model may raise anything
+        return DryRun(findings, error=_short(error), note=note)
 
 
 class _FakeRun:
@@ -340,6 +342,8 @@ def _captured(
         return _capture(shared_copy(model), tree, findings), None
     except (CaptureError, UsageError) as error:
         return None, str(error)
+    except Exception as error:  # noqa: BLE001 - the user's model may raise anything
+        return None, _short(error)
 
 
 def _capture(model: nn.Module, tree: Tree, findings: Findings) -> Program:

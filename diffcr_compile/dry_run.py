@@ -206,18 +206,17 @@ class _FakeRun:
         """Trace of a block on half of its image tokens, or why it does not run on them."""
         tree, trace = self.calls[name][0].tree, OpTrace()
         stream = get_leaf(tree, axes[0].path)
-        with torch.no_grad(), self.mode:
-            index = torch.zeros(
-                self.batch, max(1, num_tokens // 2), dtype=torch.int64, device=stream.device
-            )
-            args, kwargs = cut_arguments(tree, axes, index, num_tokens)
-            trace.start(self.modules[name], (args, kwargs), self.contents[name])
-            try:
+        shape = (stream.shape[0], max(1, num_tokens // 2))  # samples may be folded with frames
+        try:
+            with torch.no_grad(), self.mode:
+                index = torch.zeros(shape, dtype=torch.int64, device=stream.device)
+                args, kwargs = cut_arguments(tree, axes, index, num_tokens)
+                trace.start(self.modules[name], (args, kwargs), self.contents[name])
                 with trace:
                     output = self.modules[name](*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - the user's block may raise anything
-                return _short(error)
-            return trace.stop(output)
+                return trace.stop(output)
+        except Exception as error:  # noqa: BLE001 - the user's block may raise anything
+            return _short(error)
 
 
 class _OnePerStructure(Examiner):

@@ -147,7 +147,7 @@ def route(
         CaptureError: torch.export cannot trace the model.
     """
     config = config or RoutingConfig()
-    return _route(_captured(model, example_inputs), config, seed).module
+    return _route(_captured(model, example_inputs, config), config, seed).module
 
 
 def calibrate(
@@ -295,7 +295,9 @@ def compile(
     with Workspace(Path(out)) as space:
         identity = fingerprint(_weights_hash(model), name, _shapes(example_inputs))
         with space.stage("capture", identity):
-            dense = with_batch(_captured(model, example_inputs), config.export.batch)
+            dense = with_batch(
+                _captured(model, example_inputs, config.routing), config.export.batch
+            )
         with space.stage("route", identity):
             routed = _route(dense, config.routing, config.calibration.seed)
             ladder = [_all_kept_parity(dense, routed)]
@@ -352,9 +354,11 @@ def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:
     )
 
 
-def _captured(model: nn.Module, example_inputs: ExampleInputs) -> Program:
+def _captured(
+    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
+) -> Program:
     args, kwargs = _call(example_inputs)
-    findings = find_blocks(model, args, kwargs)
+    findings = find_blocks(model, args, kwargs, granularity=config.granularity)
     if not findings.blocks:
         reasons = "\n".join(f"  {r.block}: {r.reason}" for r in findings.refused)
         raise UnsupportedModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 # The way from a call's (args, kwargs) to one leaf: (0, "args" index, ...) or (1, keyword, ...).
 Path = tuple[int | str, ...]
@@ -44,6 +44,8 @@ class BlockSpec:
         removable: the image stream is the block's only output, so keep ratio 0 is the identity.
         error: permutation error found by the legality test (relative, float64).
         members: the model's own blocks in a fused span; only the block itself otherwise.
+        bypass: what a bypassed token gets: itself from the stream ("stream"), or nothing ("zeros"),
+            for a part of a block whose output the block adds to its stream.
     """
 
     name: str
@@ -56,10 +58,16 @@ class BlockSpec:
     removable: bool
     error: float
     members: tuple[str, ...] = ()
+    bypass: Literal["stream", "zeros"] = "stream"
 
     def __post_init__(self) -> None:
         if not self.members:
             object.__setattr__(self, "members", (self.name,))
+
+    def moved(self, block: str, other: str) -> BlockSpec:
+        """The same for the part of another block of the same structure."""
+        name = other + self.name.removeprefix(block)
+        return dataclasses.replace(self, name=name, members=())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

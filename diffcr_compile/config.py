@@ -26,6 +26,11 @@ class RoutingConfig(_Section):
         default="linear",
         description="'random' is the control: every token is as likely as any other",
     )
+    granularity: Literal["auto", "block", "mlp"] = Field(
+        default="auto",
+        description="what is routed: whole blocks; their token-wise parts, such as feed-forwards; "
+        "or parts only where the whole block is refused",
+    )
     share_index: int = Field(
         default=1,
         ge=1,

@@ -8,7 +8,7 @@ block. Here
 2. only what stands *outside* the blocks runs on real numbers, each block being the identity; that shows
    where the image tokens are and gives each block real inputs;
 3. the experiments of ``legality.py`` run in float64 on one block of each structure. A block whose trace
-   equals a tried one's, with all tokens and with half of them, has its result;
+   equals a tried one's, with all tokens and with half of them, has its result; so have its parts;
 4. the graph is captured with fake weights and with stand-ins for the blocks, and one block of each
    structure is traced on its own.
 
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffcr_compile.blocks import (
     BlockSpec,
+    Path,
     Refusal,
     TokenAxis,
     get_leaf,
@@ -38,9 +39,17 @@ from diffcr_compile.capture import capture
 from diffcr_compile.copies import fake_copy, fill_meta, shared_copy, to_fake, with_data
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import CaptureError, UsageError
-from diffcr_compile.legality import Examiner, Findings, block_candidates, examine, find_blocks
+from diffcr_compile.legality import (
+    Examiner,
+    Findings,
+    Granularity,
+    block_candidates,
+    examine,
+    find_blocks,
+)
 from diffcr_compile.macs import flop_counter
 from diffcr_compile.op_trace import OpTrace, buffer_contents
+from diffcr_compile.parts import PartFindings
 from diffcr_compile.program import Program
 from diffcr_compile.stand_in import stand_in
 from diffcr_compile.streams import (
@@ -89,13 +98,19 @@ class DryRun:
     note: str | None = None
 
 
-def dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DryRun:
+def dry_run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    granularity: Granularity = "auto",
+) -> DryRun:
     """Look at `model`; what is wrong with it is in the result, nothing is raised.
 
     Args:
         model: any DiT, also one on the meta device; it is not changed.
         args: positional example inputs.
         kwargs: keyword example inputs. Those on the meta device get random values, integers 0.
+        granularity: see ``legality.find_blocks``.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tree: Tree = map_leaves((tuple(args), dict(kwargs)), lambda _, leaf: with_data(leaf))
@@ -104,9 +119,9 @@ def dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         with torch.no_grad():
             samples = two_samples(twin, *tree)
         tried = _OnePerStructure(twin, mode, _FakeRun(whole, twin, samples, mode))
-        findings = find_blocks(whole, *samples, tried)
+        findings = find_blocks(whole, *samples, tried, granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-        return _on_real_numbers(model, tree, error)
+        return _on_real_numbers(model, tree, granularity, error)
     same_as = {b: o for b, o in tried.same_as.items() if b in _names(findings)}
     program, problem = _captured(model, twin, tree, tried, findings)
     is_fake = program is not None and any(
@@ -132,14 +147,16 @@ def _names(findings: Findings) -> set[str]:
     return {s.name for s in findings.blocks} | {r.block for r in findings.refused}
 
 
-def _on_real_numbers(model: nn.Module, tree: Tree, reason: Exception) -> DryRun:
+def _on_real_numbers(
+    model: nn.Module, tree: Tree, granularity: Granularity, reason: Exception
+) -> DryRun:
     """The full way, for a model that looks at the values of its tensors."""
     nothing = Findings((), (), ())
     if _has_no_data(model):
         return DryRun(nothing, error=f"it does not run without data: {_short(reason)}")
     whole = shared_copy(model)
     try:
-        findings = find_blocks(whole, *tree)
+        findings = find_blocks(whole, *tree, granularity=granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return DryRun(nothing, error=f"it does not run on the example inputs: {_short(error)}")
     note = f"the whole model ran on real numbers, because it does not run without: {_short(reason)}"
@@ -290,6 +307,47 @@ class _OnePerStructure(Examiner):
             raise
         self._tried[key].append(spec)
         return spec
+
+    def parts(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        wanted: Mapping[str, nn.Module],
+        every: Mapping[str, nn.Module],
+        sample: Path,
+    ) -> dict[str, PartFindings]:
+        """Tried in the blocks that were tried themselves; the others of their structure are alike."""
+        tried = [name for name in wanted if name not in self.same_as]
+        shell = fill_meta(shared_copy(model), leave=[n for n in every if n not in tried])
+        watched = {name: shell.get_submodule(name) for name in every}
+        for name in every:
+            if name not in tried and name in self.calls:
+                stand_in(watched[name], self.calls[name])
+        real = {name: watched[name] for name in tried}
+        found = super().parts(shell, args, kwargs, real, watched, sample)
+        for name in wanted:
+            other = self.same_as.get(name)
+            if other in found:
+                found[name] = found[other].moved(other, name)
+                for spec in found[other].parts:
+                    self.same_as[spec.moved(other, name).name] = spec.name
+        self._record(model, args, kwargs, found)
+        return found
+
+    def _record(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        found: Mapping[str, PartFindings],
+    ) -> None:
+        """Calls and costs of the parts."""
+        names = [spec.name for block in found.values() for spec in block.parts]
+        if names:
+            seen = _FakeRun(model, self.twin, (args, dict(kwargs)), self.mode, names)
+            for name, calls in seen.calls.items():
+                self.calls[name], self.macs[name] = calls[0], seen.macs[name]
 
     def _key(
         self, name: str, call: Call, moved: Moved

@@ -190,7 +190,7 @@ def make_plan(
         target: whose limits count.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
     """
-    seen = dry_run(model, args, kwargs)
+    seen = dry_run(model, args, kwargs, config.routing.granularity)
     given = "given" if macs_per_byte is not None else f"measured for {target.name}"
     balance = macs_per_byte if macs_per_byte is not None else target.macs_per_byte
     if balance is None:
@@ -209,7 +209,9 @@ def make_plan(
         note=seen.note,
         details=details,
         refusals=tuple(
-            RefusedBlock(r.block, r.reason, _share(seen, r.block), seen.same_as.get(r.block))
+            RefusedBlock(
+                r.block, r.reason, _dense_share(seen, r.block), seen.same_as.get(r.block)
+            )
             for r in seen.findings.refused
         ),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -254,8 +256,13 @@ def _costs(seen: DryRun, config: CompileConfig) -> tuple[CostTable | None, CostT
     return every, costs
 
 
-def _share(seen: DryRun, name: str) -> float | None:
-    return seen.macs[name] / seen.total_macs if seen.total_macs and name in seen.macs else None
+def _dense_share(seen: DryRun, name: str) -> float | None:
+    """Share of a refused block without those of its parts that can be routed."""
+    if not seen.total_macs or name not in seen.macs:
+        return None
+    inside = [s.name for s in seen.findings.blocks if s.name.startswith(f"{name}.")]
+    routed = sum(seen.macs.get(part, 0.0) for part in inside)
+    return (seen.macs[name] - routed) / seen.total_macs
 
 
 def _block_plan(

@@ -1,6 +1,6 @@
 """Which blocks may be routed, found by experiment and never by class name (design section 3).
 
-1. *Candidates*: members of a ModuleList, ModuleDict or Sequential that hold submodules of their own
+1. *Candidates* (``candidates.py``): members of a ModuleList, ModuleDict or Sequential that hold submodules of their own
    and run once per forward; where there is none, attributes like ``block_0``, ``block_1``.
 2. *Which tokens are image tokens* (``streams.py``): run the model with every candidate replaced by
    the identity, change the image input, and see which positions of each block's stream move.
@@ -10,19 +10,18 @@
    b. the block runs on K < N tokens.
    An argument that fits by accident (width = N, text length = N) is not needed and is left alone.
 4. *Nested containers*: where a candidate holds candidates itself, those inside are tried as well.
-5. Whatever cannot be shown legal is refused, with the reason and the number that was found.
+5. *Parts* (``parts.py``): token-wise parts of a refused block, such as its feed-forward.
+6. Whatever cannot be shown legal is refused, with the reason and the number that was found.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffcr_compile.blocks import (
     BlockSpec,
@@ -31,14 +30,21 @@ from diffcr_compile.blocks import (
     TokenAxis,
     get_leaf,
     leaves,
-    map_leaves,
     show_path,
 )
-from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
-from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
+from diffcr_compile.candidates import block_candidates, inner_candidates, shapes
+from diffcr_compile.parts import PartFindings, find_parts, part_candidates
+from diffcr_compile.recorded import (
+    Call,
+    IllegalError,
+    check_static,
+    output_tensors,
+    two_samples,
+)
 from diffcr_compile.residual import Pairs, identity_output, is_float, residual_pairs
 from diffcr_compile.streams import (
     Moved,
+    Outside,
     image_stream,
     moved_positions,
     record_calls,
@@ -64,10 +70,10 @@ __all__ = [
     "two_samples",
 ]
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_NUMBERED = re.compile(r"(.*?)_?\d+$")
 # A module with this share of its parameters in a row of equal legal blocks is not one block itself.
 MOSTLY = 0.9
+# What is routed: whole blocks; token-wise parts of them; or parts where the whole block is refused.
+Granularity = Literal["auto", "block", "mlp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +84,13 @@ class Findings:
         blocks: blocks that may be routed, in running order.
         refused: candidates that may not, and why.
         sample: path of the noisy sample in (args, kwargs); () if no input looks like one.
+        order: names of both as they run; one that did not run comes last.
     """
 
     blocks: tuple[BlockSpec, ...]
     refused: tuple[Refusal, ...]
     sample: Path
+    order: tuple[str, ...] = ()
 
 
 class Examiner:
@@ -113,12 +121,40 @@ class Examiner:
         """See :func:`examine`."""
         return examine(name, module, calls, moved, known)
 
+    def parts(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        wanted: Mapping[str, nn.Module],
+        every: Mapping[str, nn.Module],
+        sample: Path,
+    ) -> dict[str, PartFindings]:
+        """See ``parts.find_parts``.
+
+        Args:
+            model: the whole model.
+            args: its positional inputs.
+            kwargs: its keyword inputs.
+            wanted: blocks whose parts are wanted.
+            every: all blocks of the model.
+            sample: path of the noisy sample.
+        """
+        calls, _ = record_calls(model, args, kwargs, wanted, identity=False)
+        every = {name: module for name, module in every.items() if name not in wanted}
+        pairs = {n: self.pairs(n, wanted[n], recorded[0]) for n, recorded in calls.items()}
+        outside = Outside(
+            model, (tuple(args), dict(kwargs)), {**every, **wanted}, sample, pairs
+        )
+        return find_parts(wanted, calls, outside)
+
 
 def find_blocks(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     examiner: Examiner | None = None,
+    granularity: Granularity = "auto",
 ) -> Findings:
     """Find every block of `model` that may be routed, and the roles of its arguments.
 
@@ -127,12 +163,62 @@ def find_blocks(
         args: positional example inputs.
         kwargs: keyword example inputs.
         examiner: how candidates are looked at; inputs must then have two samples if they can.
+        granularity: whole blocks, or token-wise parts of them, or the second where the first is refused.
     """
     with torch.no_grad():
         if examiner is None:
             args, kwargs = two_samples(model, args, kwargs)
-        candidates = dict(block_candidates(model))
-        return _find(model, args, kwargs, candidates, examiner or Examiner())
+        examiner = examiner or Examiner()
+        found = _find(model, args, kwargs, dict(block_candidates(model)), examiner)
+        if granularity == "block" or not found.sample:
+            return found
+        return _with_parts(found, model, args, kwargs, examiner, granularity)
+
+
+def _with_parts(
+    found: Findings,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    examiner: Examiner,
+    granularity: Granularity,
+) -> Findings:
+    """Token-wise parts beside the legal blocks (auto), or in the place of them (mlp)."""
+    legal = {spec.name: spec for spec in found.blocks}
+    refused = {refusal.block: refusal for refusal in found.refused}
+    every = {name: model.get_submodule(name) for name in found.order}
+    wanted = {
+        name: module
+        for name, module in every.items()
+        if (granularity == "mlp" or name in refused) and any(part_candidates(module))
+    }
+    if not wanted:
+        return found
+    parts = examiner.parts(model, args, kwargs, wanted, every, found.sample)
+    blocks: list[BlockSpec] = []
+    reasons: list[Refusal] = []
+    for name in every:
+        within = parts.get(name)
+        if within is not None:
+            blocks += within.parts
+        if name in refused:
+            reasons.append(Refusal(name, refused[name].reason + _about_parts(name, within)))
+        elif name not in wanted:
+            blocks.append(legal[name])
+        elif within is None or not within.parts:
+            reason = "it can be routed as a whole, but parts are asked for"
+            reasons.append(Refusal(name, reason + _about_parts(name, within)))
+    return Findings(tuple(blocks), tuple(reasons), found.sample, found.order)
+
+
+def _about_parts(name: str, found: PartFindings | None) -> str:
+    if found is None:
+        return ""
+    if found.parts:
+        names = ", ".join(spec.name.removeprefix(f"{name}.") for spec in found.parts)
+        return f"; of its parts these can be routed: {names}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
+    return f"; nor can a part of it ({reasons})" if reasons else ""
 
 
 def _find(
@@ -154,7 +240,8 @@ def _find(
     blocks: list[BlockSpec] = []
     refused: list[Refusal] = []
     order = list(calls)
-    for name in sorted(candidates, key=lambda n: order.index(n) if n in order else -1):
+    order += [name for name in candidates if name not in calls]
+    for name in order:
         recorded = calls.get(name, [])
         try:
             if not sample:
@@ -166,8 +253,8 @@ def _find(
             blocks.append(examiner.examine(name, module, recorded, where, blocks))
         except IllegalError as reason:
             refused.append(Refusal(name, str(reason)))
-    found = Findings(tuple(blocks), tuple(refused), sample)
-    inside = {name: dict(_inner_candidates(candidates[name], name)) for name in calls}
+    found = Findings(tuple(blocks), tuple(refused), sample, tuple(order))
+    inside = {name: dict(inner_candidates(candidates[name], name)) for name in calls}
     if not any(inside.values()):
         return found
     nested = {name: module for name, module in candidates.items() if not inside.get(name)}
@@ -191,88 +278,32 @@ def _with_inner(
             continue
         modules = dict(candidates[name].named_modules(prefix=name))
         held = [modules[block] for block in routable]
-        size = sum(sum(shape.numel() for _, shape in _shapes(block)) for block in held)
-        whole = sum(shape.numel() for _, shape in _shapes(candidates[name]))
-        is_row = len({_shapes(block) for block in held}) == 1 and size >= MOSTLY * whole
+        size = sum(sum(shape.numel() for _, shape in shapes(block)) for block in held)
+        whole = sum(shape.numel() for _, shape in shapes(candidates[name]))
+        is_row = len({shapes(block) for block in held}) == 1 and size >= MOSTLY * whole
         if name not in legal or is_row:
             opened.append(name)
     names = set(opened)
 
-    def merged(one: Sequence[Any], two: Sequence[Any], key: str) -> list[Any]:
-        kept = [item for item in one if getattr(item, key) not in names]
-        return kept + [item for item in two if _is_inside(getattr(item, key), names)]
-
-    order = {name: rank for rank, name in enumerate(inside)}  # as they run
-    blocks: list[BlockSpec] = merged(outer.blocks, nested.blocks, "name")
-    # sorted() leaves the running order inside of a candidate as it is
-    blocks.sort(
-        key=lambda spec: next(order[n] for n in order if _is_inside(spec.name, {n}, own=True))
+    order: list[str] = []
+    found: dict[str, BlockSpec | Refusal] = {}
+    for name in outer.order:
+        part = nested if name in names else outer
+        here = [n for n in part.order if n == name or _is_inside(n, {name})]
+        order += here
+        by_name: dict[str, BlockSpec | Refusal] = {spec.name: spec for spec in part.blocks}
+        by_name |= {refusal.block: refusal for refusal in part.refused}
+        found |= {n: by_name[n] for n in here}
+    return Findings(
+        tuple(item for item in found.values() if isinstance(item, BlockSpec)),
+        tuple(item for item in found.values() if isinstance(item, Refusal)),
+        outer.sample,
+        tuple(order),
     )
-    refused = merged(outer.refused, nested.refused, "block")
-    return Findings(tuple(blocks), tuple(refused), outer.sample)
 
 
-def _is_inside(name: str, parents: set[str], *, own: bool = False) -> bool:
-    return any(name.startswith(f"{parent}.") or (own and name == parent) for parent in parents)
-
-
-def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    return tuple((name, parameter.shape) for name, parameter in module.named_parameters())
-
-
-def block_candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost members of containers that have submodules with parameters.
-
-    In a model without any: attributes with a number in their name and equal weights.
-    """
-    found = list(_members(model)) or list(_siblings(model))
-    yield from found
-
-
-def _members(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, _CONTAINERS) or any(name.startswith(f"{f}.") for f in found):
-            continue
-        for child_name, child in module.named_children():
-            is_container = isinstance(child, _CONTAINERS)
-            if is_container or not any(True for _ in child.children()):
-                continue
-            if any(True for _ in child.parameters()):
-                full = f"{name}.{child_name}" if name else child_name
-                found.append(full)
-                yield full, child
-
-
-def _siblings(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost children of one module that differ in the number in their name only."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if any(f"{name}.".startswith(f"{f}.") for f in found):
-            continue
-        groups: dict[Any, list[tuple[str, nn.Module]]] = {}
-        for child_name, child in module.named_children():
-            match = _NUMBERED.match(child_name)
-            if match and not child_name.isdigit() and _is_block(child):
-                full = f"{name}.{child_name}" if name else child_name
-                groups.setdefault((match[1], type(child), _shapes(child)), []).append(
-                    (full, child)
-                )
-        for group in groups.values():
-            if len(group) > 1:
-                found += [full for full, _ in group]
-                yield from group
-
-
-def _inner_candidates(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    for inner, child in _members(module):
-        if _is_block(child):
-            yield f"{name}.{inner}", child
-
-
-def _is_block(module: nn.Module) -> bool:
-    """More than one layer."""
-    return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules()) > 1
+def _is_inside(name: str, parents: set[str]) -> bool:
+    return any(name.startswith(f"{parent}.") for parent in parents)
 
 
 def examine(
@@ -306,11 +337,14 @@ def examine(
     wanted = _alike(known, call, stream) or ()
     aligned, error = trial.smallest_alignment(wanted)
     aligned = trial.per_sample(aligned)
-    _check_static(module, call)
-    if not trial.has_own_residual() and name in moved.outside.bypassed:
+    trial.check_counts(aligned)
+    check_static(module, call)
+    is_branch = not trial.has_own_residual() and name in moved.outside.bypassed
+    if is_branch and not moved.outside.adds(name, output):
         raise IllegalError(
-            "it has no residual of its own: the model adds its output to something else, and a token "
-            "that bypasses it would be added there; move the addition into the block"
+            "it has no residual of its own, and the model does more with its output than to add it to "
+            "a stream, so it is not known what a token would get that bypasses it; move the residual "
+            "into the block"
         )
     outputs = list(output_tensors(call.output))
     return BlockSpec(
@@ -323,24 +357,8 @@ def examine(
         shares_index=any(not leaf.batched for leaf in aligned),
         removable=len(outputs) == 1 and num_tokens == source.shape[1],
         error=error,
+        bypass="zeros" if is_branch else "stream",
     )
-
-
-def _check_static(module: nn.Module, call: Call) -> None:
-    """Run on fake tensors, which is what a graph of fixed shapes can do."""
-    if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(call.tree)):
-        return
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = map_leaves(
-        call.tree, lambda _, leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
-    )
-    try:
-        with mode, torch.no_grad():
-            module(*args, **kwargs)
-    except DATA_DEPENDENT as error:
-        raise IllegalError(needs_values(error)) from error
-    except Exception:  # noqa: BLE001 - what else is wrong, the experiments say
-        return
 
 
 def _alike(

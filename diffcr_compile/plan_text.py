@@ -12,6 +12,9 @@ from diffcr_compile.overhead import SHOWN_KEEP_RATIO
 if TYPE_CHECKING:
     from diffcr_compile.inspection import BlockPlan, Plan
 
+# the last number in a name, with what stands before and behind it
+_NUMBERED = re.compile(r"(.*\.)(\d+)((?:\.[A-Za-z_]\w*)*)")
+
 
 def plan_text(
     plan: Plan, name: str = "", source: str = "MODEL", inputs: str | None = None
@@ -196,22 +199,22 @@ def _block_key(block: BlockPlan) -> Hashable:
 
 
 def span(names: Sequence[str]) -> str:
-    """``blocks.0-27`` for consecutive numbers, else the names."""
-    split = [re.fullmatch(r"(.*\.)(\d+)", name) for name in names]
-    found = [(match[1], int(match[2])) for match in split if match]
-    prefixes = {prefix for prefix, _ in found}
-    if len(found) != len(names) or len(prefixes) != 1 or len(names) == 1:
+    """``blocks.0-27`` or ``blocks.0-27.ff`` for consecutive numbers, else the names."""
+    split = [_NUMBERED.fullmatch(name) for name in names]
+    found = [(match[1], match[3], int(match[2])) for match in split if match]
+    around = {(prefix, suffix) for prefix, suffix, _ in found}
+    if len(found) != len(names) or len(around) != 1 or len(names) == 1:
         return ", ".join(names)
-    numbers = sorted(number for _, number in found)
+    prefix, suffix, _ = found[0]
+    numbers = sorted(number for _, _, number in found)
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return found[0][0] + ",".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs
-    )
+    ranges = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return prefix + ",".join(ranges) + suffix
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffcr_compile.blocks import Path, leaves, map_leaves
+from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 
 # (name of a block, its (args, kwargs), its output) -> what it returns instead
 Edit = Callable[[str, Any, Any], Any]
@@ -83,3 +85,24 @@ def output_tensors(tree: Any) -> Iterator[Tensor]:
     for _, leaf in leaves(tree):
         if isinstance(leaf, Tensor):
             yield leaf
+
+
+def check_static(module: nn.Module, call: Call) -> None:
+    """Run a module on fake tensors, which is what a graph of fixed shapes can do.
+
+    Raises:
+        IllegalError: sizes or branches in it depend on values.
+    """
+    if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(call.tree)):
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = map_leaves(
+        call.tree, lambda _, leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+    )
+    try:
+        with mode, torch.no_grad():
+            module(*args, **kwargs)
+    except DATA_DEPENDENT as error:
+        raise IllegalError(needs_values(error)) from error
+    except Exception:  # noqa: BLE001 - what else is wrong, the experiments say
+        return

@@ -192,7 +192,7 @@ def gather_tokens(
 def scatter_tokens(
     stream: Tensor,
     index: Tensor | None,
-    kept: Tensor,
+    kept: Tensor | None,
     processed: Tensor,
     gate: Tensor | None,
     start: int,
@@ -201,9 +201,9 @@ def scatter_tokens(
     """Put the processed tokens back in their places; bypassed tokens are passed on unchanged.
 
     Args:
-        stream: (B, L, C) as it came to the block.
+        stream: (B, L, C) as it came to the block; zeros for a part whose output is added to the stream.
         index: (B, K) from :func:`select_tokens`, None for "all kept".
-        kept: (B, L - N + K, C), what the block was given.
+        kept: (B, L - N + K, C), what the block was given; None for zeros.
         processed: what the block made of it.
         gate: (B, K) weight of the residual minus 1, None for a weight of exactly 1.
         start: position of the first image token in the stream.
@@ -213,7 +213,8 @@ def scatter_tokens(
     if gate is not None:
         # Written so that a gate of exactly 0 leaves `processed` bit-equal.
         weight = gate if other == 0 else _zeros_for_neighbours(gate, start, other)
-        processed = processed + weight[..., None].to(processed.dtype) * (processed - kept)
+        change = processed if kept is None else processed - kept
+        processed = processed + weight[..., None].to(processed.dtype) * change
     if index is None:
         return processed
     if other == 0:
@@ -223,6 +224,11 @@ def scatter_tokens(
         (_rows(index), index), processed[:, start:end]
     )
     return torch.cat([processed[:, :start], image, processed[:, end:]], dim=1)
+
+
+def nothing_added(stream: Tensor) -> Tensor:
+    """What a part of a block adds to tokens that bypass it: zeros like its stream."""
+    return torch.zeros_like(stream)
 
 
 def blend_bins(low: Tensor, high: Tensor, weight: Tensor | None) -> Tensor:

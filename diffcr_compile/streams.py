@@ -103,13 +103,15 @@ def _without_channels(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _perturbed(leaf: Tensor, samples: slice) -> Tensor:
-    """Other values for some samples: noise on numbers, another order of codes."""
-    generator = torch.Generator().manual_seed(0)
+    """Other values at every position of some samples: noise on numbers, another one of the codes."""
     if leaf.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
         changed = leaf + torch.randn(leaf.shape, generator=generator).to(leaf)
     else:
-        order = torch.randperm(leaf[0].numel(), generator=generator).to(leaf.device)
-        changed = leaf.flatten(1)[:, order].view_as(leaf)
+        codes, places = torch.unique(leaf, return_inverse=True)
+        if len(codes) == 1:  # all masked: any other code will do
+            codes = torch.cat([codes, (codes - 1).abs()])
+        changed = codes.roll(-1)[places].view_as(leaf)
     mixed = leaf.clone()
     mixed[samples] = changed[samples]
     return mixed
@@ -147,27 +149,26 @@ def moved_positions(
     if not sample:
         return {}
     outside = Outside(model, (tuple(args), dict(kwargs)), candidates, sample, pairs or {})
-    size = get_leaf((args, kwargs), sample).shape[0]
     try:
         before = outside.before[0]
         after = outside.identity(outside.changed(slice(None)))[0]
-        first = outside.identity(outside.changed(slice(1)))[0] if size > 1 else None
+        first = outside.identity(outside.changed(slice(1)))[0] if outside.size > 1 else None
     except Exception:  # noqa: BLE001 - a block whose output is no input cannot be an identity
         return {}
     found: dict[str, Moved] = {}
     for name in before:
-        moved = _moved_on(before[name][0], after[name][0])
+        moved = moved_on(before[name][0], after[name][0])
         found[name] = Moved(
             tokens={path: axes[1] for path, axes in moved.items()},
             rows={path: axes[0] for path, axes in moved.items()},
-            first_sample=_moved_on(before[name][0], first[name][0]) if first else None,
+            first_sample=moved_on(before[name][0], first[name][0]) if first else None,
             pairs=(pairs or {}).get(name),
             outside=outside,
         )
     return found
 
 
-def _moved_on(before: Call, after: Call) -> dict[Path, tuple[Tensor, Tensor]]:
+def moved_on(before: Call, after: Call) -> dict[Path, tuple[Tensor, Tensor]]:
     """Per argument of three axes: which rows of axis 0, and of axis 1, differ."""
     others = dict(leaves(after.tree))
     found = {}
@@ -191,6 +192,11 @@ class Outside:
     ) -> None:
         self.model, self.tree, self.candidates = model, tree, candidates
         self.sample, self.pairs = sample, pairs
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch."""
+        return int(get_leaf(self.tree, self.sample).shape[0])
 
     def changed(self, samples: slice) -> Any:
         """The inputs with another image."""
@@ -246,6 +252,55 @@ class Outside:
         outputs = zip(output_tensors(one[1]), output_tensors(two[1]), strict=True)
         reached.append(any(not torch.equal(a, b) for a, b in outputs))
         return frozenset(name for name, past in zip(names, reached[1:], strict=True) if past)
+
+    def adds(self, name: str, output: Path) -> bool:
+        """Whether the model adds a block's output to the stream that goes past it, and nothing else.
+
+        All blocks return zeros, but for this one and a neighbour: what one has more, the other has
+        less. That shows nowhere behind both of them if and only if their outputs are added up.
+        """
+        calls = self.before[0]
+        shape = get_leaf(calls[name][0].output, output).shape
+        names = list(calls)
+        place = names.index(name)
+        neighbours = [names[i] for i in (place - 1, place + 1) if 0 <= i < len(names)]
+        generator = torch.Generator().manual_seed(4)
+        more = torch.randn(shape, generator=generator)
+
+        def run(added: Mapping[str, float]) -> list[Tensor]:
+            def edit(other: str, tree: Any, result: Any) -> Any:
+                factor = added.get(other, 0.0)
+                return map_leaves(
+                    result,
+                    lambda _, leaf: (
+                        (more * factor).to(leaf)
+                        if is_float(leaf) and leaf.shape == shape
+                        else torch.zeros_like(leaf)
+                        if isinstance(leaf, Tensor)
+                        else leaf
+                    ),
+                )
+
+            with torch.no_grad():
+                result = run_recorded(
+                    self.model, *self.tree, candidates=self.candidates, edit=edit
+                )[1]
+            return [t for t in output_tensors(result) if is_float(t)]
+
+        def away(one: list[Tensor], two: list[Tensor]) -> float:
+            return max(
+                float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+                for a, b in zip(one, two, strict=True)
+            )
+
+        try:
+            still, alone = run({}), run({name: 1.0})
+            return any(
+                away(run({name: 1.0, other: -1.0}), still) <= 1e-3 * away(alone, still)
+                for other in neighbours
+            )
+        except Exception:  # noqa: BLE001 - the user's model may raise anything
+            return False
 
     def is_read(self, name: str, output: Path) -> bool:
         """Whether anybody reads a block's output at that path: NaN in its place shows somewhere."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves
+from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves, show_path
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
 from diffcr_compile.recorded import Call, IllegalError
@@ -62,7 +62,7 @@ class Trial:
         source: Tensor = get_leaf(call.tree, stream.path)
         self.batch, self.length = source.shape[0], source.shape[1]
         self.generator = torch.Generator().manual_seed(1)
-        tree = map_leaves(float64_tree(call.tree), self._switched_on)
+        tree = lively_tree(call.tree, stream.path, self.generator)
         self.block, self.tree, self.wide = lively_copy(module), tree, True
         self.allowed = MAX_PERMUTATION_ERROR
         self._choose_precision(module, call, source.dtype)
@@ -108,19 +108,6 @@ class Trial:
             parameter.data = parameter.data.to(original.dtype)
         for buffer, given_buffer in zip(self.block.buffers(), module.buffers(), strict=True):
             buffer.data = given_buffer.detach().clone()
-
-    def _switched_on(self, path: Path, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        if (
-            path == self.stream.path
-        ):  # equal tokens (a constant image) would hide every difference
-            return leaf + 0.5 * noise(leaf, self.generator)
-        if leaf.ndim == 0:
-            return leaf
-        # a gate that starts at zero may be computed outside the block (adaLN-single)
-        weak = leaf.abs() < WEAK_INPUT
-        return torch.where(weak, leaf + 0.2 * noise(leaf, self.generator), leaf)
 
     def _run(self, tree: Any) -> Any:
         if not self.wide:
@@ -274,6 +261,53 @@ class Trial:
         ]
         return max(errors, default=float("inf"))
 
+    def apartness(self, aligned: tuple[TokenAxis, ...]) -> float:
+        """Largest relative deviation from "some tokens alone come out as they do among all".
+
+        About 0 for what works on each token by itself, such as a feed-forward.
+        """
+        index = self._orders(aligned)[:, : max(1, self.num_tokens // 2)]
+        found: Tensor = get_leaf(self._run(self._cut(aligned, index)), self.output)
+        whole: Tensor = get_leaf(self.reference, self.output)
+        expected = self._permuted(self.output, whole, index)
+        away = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        return float(away)
+
+    def check_counts(self, aligned: tuple[TokenAxis, ...]) -> None:
+        """Refuse a block that reads a number which may be its number of tokens.
+
+        Such a number stays when tokens go, and the block would, without a word, take other tokens for
+        image tokens. Whether it counts tokens or has their number by accident cannot be told.
+
+        Raises:
+            IllegalError: on fewer tokens the output depends on an integer argument equal to N or L.
+        """
+        kept = max(1, self.num_tokens // 2)
+        gone = self.num_tokens - kept
+        tree = self._cut(aligned, self._orders(aligned)[:, :kept])
+        for path, leaf in leaves(self.tree):
+            if type(leaf) is not int or leaf not in (self.num_tokens, self.length):
+                continue
+            fewer = map_leaves(tree, lambda p, v: v - gone if p == path else v)  # noqa: B023
+            if self._outcome(fewer) != self._outcome(tree):
+                raise IllegalError(
+                    f"{show_path(path)} is {leaf}, the number of its tokens, and what it makes of {kept} "
+                    "of them depends on that number; let it read the number from the shape of its stream"
+                )
+
+    def _outcome(self, tree: Any) -> Any:
+        """Digest of the outputs, or the error."""
+        try:
+            result = self._run(tree)
+        except Exception as error:  # noqa: BLE001 - the user's block may raise anything
+            return short(error)
+        # as text, in which NaN equals NaN
+        return [
+            f"{tuple(leaf.shape)} {leaf.sum().item()!r} {leaf.abs().sum().item()!r}"
+            for _, leaf in leaves(result)
+            if isinstance(leaf, Tensor)
+        ]
+
     def per_sample(self, aligned: tuple[TokenAxis, ...]) -> tuple[TokenAxis, ...]:
         """The same roles with an index of its own for each sample, if the block allows it.
 
@@ -304,6 +338,23 @@ class Trial:
 
     def _cut(self, aligned: tuple[TokenAxis, ...], index: Tensor) -> Any:
         return cut_arguments(self.tree, (self.stream, *aligned), index, self.num_tokens)
+
+
+def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
+    """A call's arguments in float64, none of them off, and with noise on the tokens of the stream."""
+
+    def switched_on(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if path == stream:  # equal tokens (a constant image) would hide every difference
+            return leaf + 0.5 * noise(leaf, generator)
+        if leaf.ndim == 0:
+            return leaf
+        # a gate that starts at zero may be computed outside the block (adaLN-single)
+        weak = leaf.abs() < WEAK_INPUT
+        return torch.where(weak, leaf + 0.2 * noise(leaf, generator), leaf)
+
+    return map_leaves(float64_tree(tree), switched_on)
 
 
 def lively_copy(module: nn.Module) -> nn.Module:

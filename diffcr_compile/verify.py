@@ -94,7 +94,8 @@ def check_scatters(program: Program, shapes: dict[str, tuple[int, ...]]) -> None
             )
         rows = stream[1] - int(node.args[6]) + index[1] if index else stream[1]
         expected = (stream[0], rows, stream[2])
-        if not kept == processed == expected:
+        kept_fits = node.args[2] is None or kept == expected
+        if not (kept_fits and processed == expected):
             raise VerificationError(
                 f"{node.name} puts back {processed} for kept tokens {kept}, expected {expected}"
             )

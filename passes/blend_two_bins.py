@@ -77,7 +77,7 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
             (
                 scatter.args[0],
                 low_index,
-                kept[spec.stream.path],
+                kept[spec.stream.path] if spec.bypass == "stream" else None,
                 low_image,
                 low_gate,
                 *scatter.args[5:],

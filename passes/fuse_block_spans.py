@@ -91,6 +91,8 @@ def _parts(chain: list[BlockSpec], length: int) -> list[list[BlockSpec]]:
 
 
 def _follows(graph: fx.Graph, one: BlockSpec, two: BlockSpec) -> bool:
+    if "zeros" in (one.bypass, two.bypass):  # what is added to a stream is not one
+        return False
     sizes = [(s.num_tokens, s.width, s.stream.start) for s in (one, two)]
     if sizes[0] != sizes[1]:
         return False

@@ -17,6 +17,7 @@ ROUTING_OPS = (
     routing.select_tokens,
     routing.paper_gate,
     routing.gather_tokens,
+    routing.nothing_added,
     routing.scatter_tokens,
     routing.blend_bins,
 )

@@ -34,6 +34,8 @@ class InsertTokenRouters(Pass):
              ``y = block(gather(x, index), gather(rope, index), ...)``
              ``out = scatter(x, index, y, gate)``
 
+    A part whose output the model adds to the stream is scattered into zeros instead of ``x``.
+
     Args:
         gate: how the router's score enters the forward value, see ``routing.py``.
         router: ``linear`` to learn which tokens matter, ``random`` for the control.
@@ -107,14 +109,22 @@ def _route(graph: fx.Graph, block: fx.Node, image: fx.Node, spec: BlockSpec) -> 
         )
         kept = gather_arguments(graph, block, spec, index)
     set_arguments(block, kept)
+    base: fx.Node = stream
+    base_kept: fx.Node | None = kept[spec.stream.path]
+    if spec.bypass == "zeros":
+        with graph.inserting_before(block):
+            base = graph.create_node(
+                "call_function", routing.nothing_added, (stream,), name=f"{name}_nothing"
+            )
+        base_kept = None
     with graph.inserting_after(image):
         scatter = graph.create_node(
             "call_function",
             routing.scatter_tokens,
             (
-                stream,
+                base,
                 index,
-                kept[spec.stream.path],
+                base_kept,
                 image,
                 gate,
                 spec.stream.start,

@@ -81,6 +81,27 @@ class ConvBlock(Block):
         return self.conv(grid).flatten(2).transpose(1, 2)
 
 
+class ConvMlp(nn.Module):
+    """A feed-forward with a depth-wise convolution over the token grid inside."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side, self.up, self.down = side, nn.Linear(width, width), nn.Linear(width, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.up(x).transpose(1, 2).unflatten(2, (-1, self.side))
+        return self.down(self.conv(grid).flatten(2).transpose(1, 2))
+
+
+class ConvMlpBlock(ConvBlock):
+    """Illegal, and so is every part of it."""
+
+    def __init__(self, width: int = 16, side: int = 6, **options: Any) -> None:
+        super().__init__(width, side, **options)
+        self.mlp = ConvMlp(width, side)
+
+
 class Conv1dBlock(Block):
     """Illegal, and runs on any number of tokens: only the permutation test can tell."""
 

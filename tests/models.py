@@ -16,6 +16,7 @@ from tests.model_parts import (
     Block,
     Conv1dBlock,
     ConvBlock,
+    ConvMlpBlock,
     CrossBlock,
     Embedding,
     FixedGridBlock,
@@ -269,6 +270,10 @@ def keyword() -> Example:
 
 def convolution(zero_gates: bool = False) -> Example:
     return OwnDiT(block=ConvBlock, zero_gates=zero_gates).eval(), inputs_for()
+
+
+def convolution_throughout() -> Example:
+    return OwnDiT(block=ConvMlpBlock).eval(), inputs_for()
 
 
 def convolution_1d(zero_gates: bool = False) -> Example:

@@ -200,7 +200,7 @@ def test_budget_below_the_smallest_fails_before_any_training(tmp_path: Path) -> 
 
 
 def test_model_without_routable_blocks_says_why_for_each() -> None:
-    model, inputs = models.convolution()
+    model, inputs = models.convolution_throughout()
     with pytest.raises(UnsupportedModelError) as caught:
         dcr.route(model, inputs)
     blocks = [
@@ -226,7 +226,7 @@ def test_inspect_changes_nothing_and_says_all() -> None:
     ]
     assert plan.costs is not None
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
-    refused = dcr.inspect(*models.convolution())
+    refused = dcr.inspect(*models.convolution_throughout())
     assert refused.blocks == ()
     assert refused.refused
 

@@ -238,7 +238,7 @@ def test_refused_blocks_are_inlined_and_reported() -> None:
 
 
 def test_a_model_without_routable_blocks_still_captures_exactly() -> None:
-    for example in (models.no_container(), models.window()):
+    for example in (models.no_container(), models.convolution_throughout()):
         model, inputs = example
         program = _captured(example)
         with torch.no_grad():

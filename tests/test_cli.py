@@ -24,7 +24,7 @@ def tiny() -> Any:
 
 
 def unroutable() -> Any:
-    return models.convolution()
+    return models.convolution_throughout()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

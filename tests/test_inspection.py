@@ -166,7 +166,7 @@ class HalfBlock(Block):
 def test_equal_classes_and_weights_with_another_attribute_are_tried_apart() -> None:
     model = OwnDiT(block=ShiftBlock).eval()
     model.blocks[1].shift = 1
-    found = dry_run(model, (), inputs_for())
+    found = dry_run(model, (), inputs_for(), "block")
     assert [spec.name for spec in found.findings.blocks] == ["blocks.0"]
     assert [r.block for r in found.findings.refused] == ["blocks.1"]
     assert "mixes tokens by their position" in found.findings.refused[0].reason
@@ -176,7 +176,7 @@ def test_equal_classes_and_weights_with_another_attribute_are_tried_apart() -> N
 def test_equal_classes_with_other_contents_of_a_buffer_are_tried_apart() -> None:
     model = OwnDiT(block=WeightedBlock).eval()
     model.blocks[1].weights[:18] = 0.5
-    found = dry_run(model, (), inputs_for())
+    found = dry_run(model, (), inputs_for(), "block")
     assert [spec.name for spec in found.findings.blocks] == ["blocks.0"]
     assert [r.block for r in found.findings.refused] == ["blocks.1"]
 
@@ -185,9 +185,24 @@ def test_equal_classes_with_other_contents_of_a_buffer_are_tried_apart() -> None
 def test_equal_with_all_tokens_but_not_with_half_of_them_are_tried_apart(pinned: int) -> None:
     model = OwnDiT(block=HalfBlock).eval()
     model.blocks[pinned].pinned = True
-    found = dry_run(model, (), inputs_for())
+    found = dry_run(model, (), inputs_for(), "block")
     assert [spec.name for spec in found.findings.blocks] == [f"blocks.{1 - pinned}"]
     assert "36 tokens are needed" in found.findings.refused[0].reason
+
+
+def test_parts_of_refused_blocks_are_those_of_the_full_search() -> None:
+    """Tried in one block of each structure; ``blocks.1`` has those of ``blocks.0``."""
+    model, inputs = models.window()
+    plan = dcr.inspect(model, inputs)
+    full = find_blocks(model, (), inputs)
+    assert [block.spec for block in plan.details] == list(full.blocks)
+    assert [spec.name for spec in full.blocks] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert plan.details[1].same_as == "blocks.0.mlp"
+    assert plan.refused["blocks.0"] == full.refused[0].reason
+    # the MACs of the parts are not counted twice
+    known = sum(b.share or 0 for b in plan.details) + sum(r.share or 0 for r in plan.refusals)
+    whole = dcr.inspect(model, inputs, RoutingConfig(granularity="block"))
+    assert known == pytest.approx(sum(r.share or 0 for r in whole.refusals))
 
 
 def test_a_number_that_changes_nothing_does_not_part_blocks() -> None:
@@ -437,7 +452,8 @@ def test_json_has_its_stable_keys(dit_plan: Plan) -> None:
 
 
 def test_json_keys_are_there_when_nothing_can_be_routed() -> None:
-    found = json.loads(json.dumps(dcr.inspect(*models.convolution()).to_json()))
+    plan = dcr.inspect(*models.convolution(), RoutingConfig(granularity="block"))
+    found = json.loads(json.dumps(plan.to_json()))
     assert set(found) == JSON_KEYS
     assert found["next_command"] is None
     assert found["smallest_budget"] is None
@@ -449,7 +465,7 @@ def test_json_keys_are_there_when_nothing_can_be_routed() -> None:
 
 def outer_share(found: dict[str, Any]) -> float:
     """OwnDiT outside its blocks: the patch embedding, the timestep and the last layer."""
-    every = dry_run(*_with_args(models.convolution()))
+    every = dry_run(*_with_args(models.convolution()), "block")
     assert every.total_macs is not None
     return 1 - sum(every.macs.values()) / found["macs_dense"]
 
@@ -472,7 +488,8 @@ def test_text_has_one_row_per_group_and_ends_with_the_command(dit_plan: Plan) ->
 
 
 def test_text_of_refused_blocks_gives_one_reason_per_group() -> None:
-    lines = str(dcr.inspect(*models.window())).splitlines()
+    plan = dcr.inspect(*models.window(), RoutingConfig(granularity="block"))
+    lines = str(plan).splitlines()
     where = lines.index("refused, stay dense")
     assert lines[where + 1].startswith("  blocks.0-1 (2, ")
     assert "permuting its image tokens" in lines[where + 1]
@@ -486,6 +503,8 @@ def test_text_of_refused_blocks_gives_one_reason_per_group() -> None:
         (["a.0", "a.2", "a.3"], "a.0,2-3"),
         (["a.7"], "a.7"),
         (["a.0", "b.1"], "a.0, b.1"),
+        (["a.0.mlp", "a.1.mlp"], "a.0-1.mlp"),
+        (["a.0.1", "a.0.2"], "a.0.1-2"),
     ],
 )
 def test_span(names: list[str], expected: str) -> None:

@@ -105,7 +105,7 @@ def test_legal_blocks_are_found_with_their_roles(name: str) -> None:
 def test_illegal_blocks_are_refused_with_the_reason(name: str) -> None:
     factory, reason = ILLEGAL[name]
     model, inputs = factory()
-    found = find_blocks(model, (), inputs)
+    found = find_blocks(model, (), inputs, granularity="block")
     assert found.blocks == ()
     assert {refusal.block for refusal in found.refused} == {
         f"blocks.{i}" for i in range(len(model.blocks))

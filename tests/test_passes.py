@@ -183,7 +183,7 @@ def test_nothing_to_do_returns_the_same_object(cases: Callable[..., Case]) -> No
 
 
 def test_a_model_without_blocks_has_nothing_to_route() -> None:
-    case = make_case("window", models.window())
+    case = make_case("no_container", models.no_container())
     assert case.routed is case.captured
     assert case.routed.stage == Stage.CAPTURED
     assert InsertTokenRouters()(case.captured).edits == 0

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
+from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import DiffCRError, UnsupportedModelError
 from tests.zoo import ZOO, handwritten
 
+# Most of these tests are about whole blocks.
+WHOLE = RoutingConfig(granularity="block")
 MODELS = {name: model for name, model in ZOO.items() if model.kind == "handwritten"}
 assert handwritten.__all__
 
@@ -290,7 +293,7 @@ ROUTED: dict[str, dict[str, Unit]] = {
 }  # fmt: skip
 
 # Blocks of routed models that must stay dense, with words of the reason.
-BESIDE = {
+BESIDE: dict[str, dict[str, str]] = {
     "shared_ends": {"blocks.0": "called 2 times"},
     "window_attention": dict.fromkeys(("blocks.1", "blocks.2"), handwritten.POSITION),
 }
@@ -303,9 +306,25 @@ BOTH_SIZES = (
     "mask_of_pairs", "joint_with_mask_and_table", "dual_then_single", "experts_choose_tokens",
 )  # fmt: skip
 
+# Token-wise parts of the blocks that are refused: routed in their place.
+PARTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "tuple_with_read_weights", "frames_folded_inside", "weak_window_attention", "token_shift",
+            "pooling", "causal_inside", "rotary_inside", "own_position_bias",
+            "pinned_number_of_tokens", "hidden_table", "hidden_and_residual",
+        ),
+        ("blocks.0.mlp", "blocks.1.mlp"),
+    ),
+    "window_attention": ("blocks.1.mlp", "blocks.2.mlp"),
+    # places are given out in the order of the tokens, but each expert works on each token by itself
+    "experts_first_come_first_served": tuple(
+        f"blocks.{block}.mlp.experts.{expert}" for block in (0, 1) for expert in range(3)
+    ),
+}  # fmt: skip
+
 # What could be routed as ROUTED says, and is refused today, with words of the reason.
 REFUSED_TODAY = {
-    "branches_without_residual": "no residual of its own",
     "experts_top_one_sparse": "depend on the values of tensors",
     "sequence_first": "with the batch first",
 }
@@ -349,7 +368,7 @@ def test_routed(name: str, size: int) -> None:
     model, inputs = MODELS[name].build(size)
     with torch.no_grad():
         output = model(**copy.deepcopy(inputs))
-    routed = dcr.route(model, inputs)
+    routed = dcr.route(model, inputs, WHOLE)
     assert set(routed.routers) == set(units)
     refused = {refusal.block: refusal.reason for refusal in routed.program.refused}
     for block, words in BESIDE.get(name, {}).items():
@@ -379,18 +398,109 @@ def test_refused(name: str, size: int) -> None:
     with torch.no_grad():
         model(**inputs)
     with pytest.raises(UnsupportedModelError) as caught:
-        dcr.route(model, inputs)
+        dcr.route(model, inputs, WHOLE)
     lines = str(caught.value).splitlines()
     for block in REFUSED[name]:
         (line,) = [line for line in lines if line.strip().startswith(f"{block}:")]
         assert str(MODELS[name].refused) in line
 
 
+@contextlib.contextmanager
+def nothing_for_half(
+    model: nn.Module, parts: tuple[str, ...], routers: Mapping[str, nn.Module]
+) -> Iterator[None]:
+    """Each part adds nothing to the half of its tokens that its router likes less."""
+    handles = []
+
+    def silence(router: nn.Module) -> Any:
+        def after(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            result = torch.zeros_like(output)
+            for sample, scores in enumerate(router(args[0])):
+                best = scores.argsort(descending=True)[: len(scores) // 2]
+                for token in best.tolist():
+                    result[sample, token] = output[sample, token]
+            return result
+
+        return after
+
+    try:
+        for name in parts:
+            handle = model.get_submodule(name).register_forward_hook(silence(routers[name]))
+            handles.append(handle)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_refused_blocks_are_routed(name: str) -> None:
+    model, inputs = MODELS[name].build(0)
+    routed = dcr.route(model, inputs)
+    whole = ROUTED.get(name, {})
+    assert set(routed.routers) == {*PARTS[name], *whole}
+    specs = {spec.name: spec for spec in routed.program.blocks}
+    assert {spec.bypass for n, spec in specs.items() if n in PARTS[name]} == {"zeros"}
+    with torch.no_grad():
+        dense = flat(model(**inputs))
+        assert all(
+            torch.equal(a, b) for a, b in zip(flat(routed(**inputs)), dense, strict=True)
+        )
+        (frozen,) = dcr.freeze(routed, keep_ratio=0.5)
+        found = flat(frozen(**inputs))
+        with (
+            hooked(model, whole, routed.routers, 0),
+            nothing_for_half(model, PARTS[name], routed.routers),
+        ):
+            expected = flat(model(**inputs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    moved = max(float((a - b).abs().max()) for a, b in zip(expected, dense, strict=True))
+    assert moved > 5 * CLOSE["atol"] + 5 * CLOSE["rtol"] * float(dense[0].abs().mean())
+
+
+def test_a_part_that_keeps_nothing_adds_nothing() -> None:
+    model, inputs = MODELS["causal_inside"].build(0)
+    routed = dcr.route(model, inputs)
+    (frozen,) = dcr.freeze(routed, keep_ratio=0.0)
+    assert not frozen.graph.find_nodes(op="call_module", target="blocks.0.mlp")
+    with torch.no_grad():
+        found = flat(frozen(**inputs))
+        for block in ("blocks.0", "blocks.1"):
+            model.get_submodule(f"{block}.mlp").register_forward_hook(
+                lambda _, __, output: torch.zeros_like(output)
+            )
+        expected = flat(model(**inputs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - set(PARTS)))
+def test_what_has_no_part_either_is_refused_with_both_reasons(name: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        dcr.route(*MODELS[name].build(0))
+    assert str(MODELS[name].refused) in str(caught.value)
+
+
+def test_parts_alone_when_asked_for() -> None:
+    """``granularity: mlp`` routes the token-wise parts of legal blocks, and not the blocks."""
+    model, inputs = MODELS["original_dit"].build(0)
+    routed = dcr.route(model, inputs, RoutingConfig(granularity="mlp"))
+    assert set(routed.routers) == {f"blocks.{i}.mlp" for i in range(3)}
+    with torch.no_grad():
+        (frozen,) = dcr.freeze(routed, keep_ratio=0.5)
+        found = flat(frozen(**inputs))
+        with nothing_for_half(model, tuple(routed.routers), routed.routers):
+            expected = flat(model(**inputs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
 @pytest.mark.parametrize(
     "name", ["causal_inside", "one_block_called_often", "stream_is_a_grid"]
 )
 def test_inspect_says_the_same(name: str) -> None:
-    plan = dcr.inspect(*MODELS[name].build(0))
+    plan = dcr.inspect(*MODELS[name].build(0), WHOLE)
     assert plan.blocks == ()
     assert plan.error is None
     assert set(plan.refused) == set(REFUSED[name])
@@ -411,7 +521,7 @@ def test_the_original_dit_is_called_by_position() -> None:
 @pytest.mark.parametrize("name", REFUSED_TODAY)
 def test_what_could_be_routed_and_is_not_is_refused_in_words(name: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        dcr.route(*MODELS[name].build(0))
+        dcr.route(*MODELS[name].build(0), WHOLE)
     lines = str(caught.value).splitlines()
     for block in ROUTED[name]:
         (line,) = [text for text in lines if text.strip().startswith(f"{block}:")]

@@ -71,7 +71,9 @@ class _Regression:
         before: Tensor = get_leaf((args, kwargs), spec.stream.path)
         after: Tensor = get_leaf(output, spec.output)
         tokens = image_tokens(before, spec.stream.start, spec.num_tokens).double()  # (B, N, C)
-        moved = image_tokens(after, spec.stream.start, spec.num_tokens).double() - tokens
+        moved = image_tokens(after, spec.stream.start, spec.num_tokens).double()
+        if spec.bypass == "stream":
+            moved = moved - tokens
         size = moved.norm(dim=2).clamp_min(1e-12).log()  # (B, N)
         size = size - size.mean(1, keepdim=True)  # top-k compares tokens of one sample only
         tokens = tokens - tokens.mean(1, keepdim=True)

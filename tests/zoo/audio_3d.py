@@ -11,7 +11,7 @@ from diffusers.models.transformers.minimax_music3_rvq_depth_decoder import (
 from diffusers.models.transformers.transformer_rfd4_proteina import RFD4ProteinaTransformer
 
 from tests.zoo import zoo
-from tests.zoo.image_2 import BATCH, TEXT, Example, awake, some_text, some_times, text_mask
+from tests.zoo.parts import BATCH, TEXT, Example, awake, some_text, some_times, text_mask
 
 
 @zoo("AceStepTransformer1DModel", "audio")

@@ -11,15 +11,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.zoo import zoo
+from tests.zoo.parts import BATCH, TEXT, Example, awake, positions, some_text, text_mask
 
-BATCH = 2
-TEXT = 7  # text tokens: odd, and no other size here
 GRIDS = ((4, 6), (6, 8))
 SQUARES = ((4, 4), (8, 8))
-Example = tuple[nn.Module, dict[str, Any]]
 
 
 def randn(*shape: int) -> Tensor:
@@ -28,28 +26,6 @@ def randn(*shape: int) -> Tensor:
 
 def timesteps(high: float = 1.0) -> Tensor:
     return torch.tensor([0.3, 0.7]) * high
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """The model with noise in every parameter that starts at zero: a zero gate hides its block."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def positions(*sizes: int, first: int = 0) -> Tensor:
-    """(tokens, axes) of a grid, as floats; `first` is where the leading axis begins."""
-    axes = [torch.arange(size, dtype=torch.float32) for size in sizes]
-    axes[0] = axes[0] + first
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(sizes))
-
-
-def text_mask() -> Tensor:
-    """All text tokens of the first sample, all but two of the second."""
-    mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
-    mask[1, -2:] = False
-    return mask
 
 
 # --------------------------------------------------------------------------- pixels in, pixels out
@@ -63,9 +39,9 @@ def auraflow(size: int) -> Example:
         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
         caption_projection_dim=32, pos_embed_max_size=64,
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "timestep": timesteps(),
     }
 
@@ -79,7 +55,7 @@ def bria_fibo2(size: int) -> Example:
         max_num_gist_tokens=8, gist_step=2, gist_min_text_len=4, gist_max_text_len=16,
         axes_dims=(4, 6, 6), axes_lens=(64, 32, 32),
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
         "timestep": timesteps(),
         "encoder_hidden_states": randn(2, TEXT, 24),
@@ -98,9 +74,9 @@ def cogview3_plus(size: int) -> Example:
         in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2, out_channels=4,
         text_embed_dim=24, time_embed_dim=20, condition_dim=6, pos_embed_max_size=16, sample_size=16,
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "timestep": timesteps(1000),
         **_size_conditions("original_size", "target_size", "crop_coords"),
     }
@@ -114,9 +90,9 @@ def cogview4(size: int) -> Example:
         text_embed_dim=24, time_embed_dim=20, condition_dim=6, pos_embed_max_size=16, sample_size=16,
         rope_axes_dim=(16, 16),
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "timestep": timesteps(1000),
         **_size_conditions("original_size", "target_size", "crop_coords"),
     }
@@ -132,7 +108,7 @@ def dit(size: int) -> Example:
     for block in model.transformer_blocks:
         # in training mode labels are dropped at random, which no comparison survives
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
         "timestep": timesteps(1000),
         "class_labels": torch.tensor([1, 5]),
@@ -146,9 +122,9 @@ def dream_lite(size: int) -> Example:
         num_attention_heads=2, attention_head_dim=16, in_channels=32, num_layers=3, norm_num_groups=4,
         cross_attention_dim=24,
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(32, height, width),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "encoder_attention_mask": text_mask().float(),
     }
 
@@ -161,7 +137,7 @@ def dual_transformer(size: int) -> Example:
         cross_attention_dim=24,
     )  # fmt: skip
     model.condition_lengths = [TEXT, 5]
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(32, height, width),
         "encoder_hidden_states": randn(TEXT + 5, 24),
     }
@@ -174,10 +150,10 @@ def ernie_image(size: int) -> Example:
         hidden_size=32, num_attention_heads=2, num_layers=3, ffn_hidden_size=48, in_channels=4,
         out_channels=4, text_in_dim=24, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, height, width),
         "timestep": timesteps(1000),
-        "text_bth": randn(TEXT, 24),
+        "text_bth": some_text(24),
         "text_lens": text_mask().sum(1),
     }
 
@@ -191,9 +167,9 @@ def glm_image(size: int) -> Example:
     )  # fmt: skip
     prior_token_drop = torch.zeros(BATCH, height * width, dtype=torch.bool)
     prior_token_drop[1] = True
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "prior_token_id": torch.randint(40, (BATCH, height * width)),
         "prior_token_drop": prior_token_drop,
         "timestep": timesteps(1000),
@@ -210,10 +186,10 @@ def hidream_image(size: int) -> Example:
         num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(4, 6, 6),
         max_resolution=(32, 32), llama_layers=[0, 1, 2, 3],
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
         "timesteps": timesteps(1000),
-        "encoder_hidden_states_t5": randn(TEXT, 24),
+        "encoder_hidden_states_t5": some_text(24),
         "encoder_hidden_states_llama3": torch.randn(4, BATCH, 5, 20),
         "pooled_embeds": randn(12),
     }
@@ -228,10 +204,10 @@ def hunyuan_dit(size: int) -> Example:
         cross_attention_dim_t5=16, pooled_projection_dim=20, text_len=TEXT, text_len_t5=5,
     )  # fmt: skip
     angles = torch.randn(height * width, 16)
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, 2 * height, 2 * width),
         "timestep": timesteps(1000),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "text_embedding_mask": text_mask(),
         "encoder_hidden_states_t5": randn(5, 16),
         "text_embedding_mask_t5": torch.ones(BATCH, 5, dtype=torch.bool),
@@ -249,10 +225,10 @@ def hunyuan_image(size: int) -> Example:
         num_single_layers=2, num_refiner_layers=2, mlp_ratio=2.0, guidance_embeds=True,
         text_embed_dim=24, rope_axes_dim=(8, 8),
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(4, height, width),
         "timestep": timesteps(1000),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "encoder_attention_mask": text_mask(),
         "guidance": torch.tensor([3500.0, 4000.0]),
     }
@@ -274,7 +250,7 @@ def _token_inputs(size: int, axes: int = 3) -> dict[str, Tensor]:
     extra = [1] * (axes - 3)
     return {
         "hidden_states": randn(height * width, 8),
-        "encoder_hidden_states": randn(TEXT, 24),
+        "encoder_hidden_states": some_text(24),
         "timestep": timesteps(),
         "img_ids": positions(1, height, width, *extra),
         "txt_ids": torch.zeros(TEXT, axes),
@@ -286,8 +262,8 @@ def bria_fibo(size: int) -> Example:
     model = diffusers.BriaFiboTransformer2DModel(
         **_double_and_single(in_channels=8, text_encoder_dim=20, axes_dims_rope=[4, 6, 6])
     )
-    layers = [randn(TEXT, 20) for _ in range(4)]
-    return awake(model), {**_token_inputs(size), "text_encoder_layers": layers}
+    layers = [some_text(20) for _ in range(4)]
+    return awake(model, std=0.2), {**_token_inputs(size), "text_encoder_layers": layers}
 
 
 @zoo("BriaTransformer2DModel", "image")
@@ -295,7 +271,7 @@ def bria(size: int) -> Example:
     model = diffusers.BriaTransformer2DModel(
         **_double_and_single(in_channels=8, axes_dims_rope=[4, 6, 6])
     )
-    return awake(model), _token_inputs(size)
+    return awake(model, std=0.2), _token_inputs(size)
 
 
 @zoo("ChromaTransformer2DModel", "image")
@@ -307,7 +283,7 @@ def chroma(size: int) -> Example:
     inputs = _token_inputs(size)
     image = torch.ones(inputs["hidden_states"].shape[:2])
     mask = torch.cat([text_mask().float(), image], dim=1)
-    return awake(model), {**inputs, "attention_mask": mask}
+    return awake(model, std=0.2), {**inputs, "attention_mask": mask}
 
 
 @zoo("Flux2Transformer2DModel", "image")
@@ -316,7 +292,10 @@ def flux2(size: int) -> Example:
         **_double_and_single(in_channels=8, axes_dims_rope=(4, 4, 4, 4)),
         timestep_guidance_channels=16,
     )  # fmt: skip
-    return awake(model), {**_token_inputs(size, axes=4), "guidance": torch.tensor([3.5, 4.0])}
+    return awake(model, std=0.2), {
+        **_token_inputs(size, axes=4),
+        "guidance": torch.tensor([3.5, 4.0]),
+    }
 
 
 @zoo("Flux3Transformer2DModel", "image")
@@ -325,7 +304,7 @@ def flux3(size: int) -> Example:
         **_double_and_single(in_channels=8, axes_dims_rope=(4, 4, 4, 4)),
         cond_in_channels=6, timestep_channels=16,
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         **_token_inputs(size, axes=4),
         "image_cond_hidden_states": randn(10, 6),
         "image_cond_ids": positions(1, 2, 5, 1, first=1),
@@ -338,7 +317,7 @@ def flux(size: int) -> Example:
         **_double_and_single(in_channels=8, axes_dims_rope=(4, 6, 6)),
         pooled_projection_dim=20, guidance_embeds=True,
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         **_token_inputs(size),
         "pooled_projections": randn(20),
         "guidance": torch.tensor([3.5, 4.0]),
@@ -350,7 +329,7 @@ def longcat_image(size: int) -> Example:
     model = diffusers.LongCatImageTransformer2DModel(
         **_double_and_single(in_channels=8, axes_dims_rope=[4, 6, 6]), pooled_projection_dim=20
     )
-    return awake(model), _token_inputs(size)
+    return awake(model, std=0.2), _token_inputs(size)
 
 
 @zoo("Krea2Transformer2DModel", "image")
@@ -363,7 +342,7 @@ def krea2(size: int) -> Example:
         text_intermediate_size=40, num_layerwise_text_blocks=2, num_refiner_text_blocks=2,
         axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(height * width, 8),
         "encoder_hidden_states": randn(TEXT, 3, 24),
         "timestep": timesteps(),
@@ -390,7 +369,7 @@ def ideogram4(size: int) -> Example:
     segments = torch.zeros(BATCH, tokens, dtype=torch.long)
     segments[:, :TEXT][~text_mask()] = -1  # padding sees only padding
     ids = torch.cat([positions(TEXT, 1, 1), positions(1, height, width, first=TEXT)]).long()
-    return awake(model), {
+    return awake(model, std=0.2), {
         "hidden_states": randn(tokens, 8),
         "timestep": timesteps(),
         "encoder_hidden_states": randn(tokens, 24),

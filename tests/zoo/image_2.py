@@ -10,42 +10,19 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-from torch import Tensor, nn
+from torch import nn
 
 from tests.zoo import zoo
-
-Example = tuple[nn.Module, dict[str, Any]]
-BATCH = 2
-TEXT = 7  # text tokens: no other axis of these models has this length
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """Fill every all-zero parameter with small noise: a gate of zero would make a block the identity."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
-
-
-def some_text(width: int) -> Tensor:
-    return torch.randn(BATCH, TEXT, width)
-
-
-def text_mask() -> Tensor:
-    """The second prompt is two tokens shorter."""
-    mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
-    mask[1, -2:] = False
-    return mask
-
-
-def some_times(largest: float = 1.0) -> Tensor:
-    return largest * torch.tensor([0.8, 0.3])
-
-
-def position_ids(height: int, width: int) -> Tensor:
-    """(0, row, column) of each patch: (height * width, 3)."""
-    return torch.cartesian_prod(*(torch.arange(float(n)) for n in (1, height, width)))
+from tests.zoo.parts import (
+    BATCH,
+    TEXT,
+    Example,
+    awake,
+    positions,
+    some_text,
+    some_times,
+    text_mask,
+)
 
 
 @zoo("JoyImageEditTransformer3DModel", "image")
@@ -224,7 +201,7 @@ def ovis_image(size: int) -> Example:
         "hidden_states": torch.randn(BATCH, 4 * width, 4),
         "encoder_hidden_states": some_text(16),
         "timestep": some_times(),
-        "img_ids": position_ids(4, width),
+        "img_ids": positions(1, 4, width),
         "txt_ids": torch.zeros(TEXT, 3),
     }
 
@@ -479,7 +456,7 @@ def cosmos3_omni(size: int) -> Example:
     words, width = 3, (4, 6)[size]
     tokens = 4 * width
     where = torch.arange(words, words + tokens)
-    places = torch.cat([torch.arange(words).repeat(3, 1).T, words + position_ids(4, width)])
+    places = torch.cat([torch.arange(words).repeat(3, 1).T, words + positions(1, 4, width)])
     return awake(model), {
         "input_ids": torch.tensor([5, 9, 2]),
         "text_indexes": torch.arange(words),

@@ -13,25 +13,20 @@ from diffusers.models import transformers as library
 from torch import Tensor, nn
 
 from tests.zoo import zoo
+from tests.zoo.parts import BATCH, Example, asleep
 
-Built = tuple[nn.Module, dict[str, Any]]
-BATCH = 2
 TEXT = 6  # text tokens: no other size here is 6
 TEXT_WIDTH = 20
 
 
-def awake(model: nn.Module) -> nn.Module:
-    """Small noise in every parameter that is all zero: a closed gate would make any comparison empty."""
+def make(name: str, **config: Any) -> nn.Module:
+    """The model, awake; its noise leaves the global generator where it was."""
+    model: nn.Module = getattr(library, name)(**config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and not parameter.any():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for parameter in asleep(model):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def make(name: str, **config: Any) -> nn.Module:
-    return awake(getattr(library, name)(**config))
 
 
 def video(size: int, channels: int = 4) -> Tensor:
@@ -60,7 +55,7 @@ def rotary(tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @zoo("AllegroTransformer3DModel", "video")
-def allegro(size: int) -> Built:
+def allegro(size: int) -> Example:
     model = make(
         "AllegroTransformer3DModel",
         num_attention_heads=2,
@@ -90,7 +85,7 @@ def allegro(size: int) -> Built:
 
 
 @zoo("AnyFlowTransformer3DModel", "video")
-def any_flow(size: int) -> Built:
+def any_flow(size: int) -> Example:
     model = make("AnyFlowTransformer3DModel", **_any_flow_config())
     latents = video(size).transpose(1, 2)
     return model, {
@@ -103,7 +98,7 @@ def any_flow(size: int) -> Built:
 
 # Its attention mask is a BlockMask: made for the full token count, causal over chunks of frames.
 @zoo("AnyFlowFARTransformer3DModel", "video", refused="permuting its image tokens")
-def any_flow_far(size: int) -> Built:
+def any_flow_far(size: int) -> Example:
     model = make(
         "AnyFlowFARTransformer3DModel",
         compressed_patch_size=(1, 4, 4),
@@ -135,7 +130,7 @@ def _any_flow_config() -> dict[str, Any]:
 
 
 @zoo("ChronoEditTransformer3DModel", "video")
-def chrono_edit(size: int) -> Built:
+def chrono_edit(size: int) -> Example:
     model = make(
         "ChronoEditTransformer3DModel",
         num_attention_heads=2,
@@ -160,7 +155,7 @@ def chrono_edit(size: int) -> Built:
 
 
 @zoo("CogVideoXTransformer3DModel", "video")
-def cogvideox(size: int) -> Built:
+def cogvideox(size: int) -> Example:
     # Size 0 is another size than the model's own, so it makes its position table while it runs.
     model = make(
         "CogVideoXTransformer3DModel", sample_width=12, sample_frames=5, **_cogvideox_config()
@@ -173,7 +168,7 @@ def cogvideox(size: int) -> Built:
 
 
 @zoo("CogVideoXTransformer3DModel-1.5", "video")
-def cogvideox_1_5(size: int) -> Built:
+def cogvideox_1_5(size: int) -> Example:
     model = make(
         "CogVideoXTransformer3DModel",
         patch_size_t=2,
@@ -209,7 +204,7 @@ def _cogvideox_config() -> dict[str, Any]:
 
 
 @zoo("ConsisIDTransformer3DModel", "video")
-def consis_id(size: int) -> Built:
+def consis_id(size: int) -> Example:
     model = make(
         "ConsisIDTransformer3DModel",
         num_attention_heads=3,
@@ -251,7 +246,7 @@ def consis_id(size: int) -> Built:
 
 # The padding mask is left out in all three: models with it need torchvision.
 @zoo("CosmosTransformer3DModel", "video")
-def cosmos(size: int) -> Built:
+def cosmos(size: int) -> Example:
     model = make("CosmosTransformer3DModel", in_channels=4, **_cosmos_config())
     return model, {
         "hidden_states": video(size),
@@ -262,7 +257,7 @@ def cosmos(size: int) -> Built:
 
 
 @zoo("CosmosTransformer3DModel-video2world", "video")
-def cosmos_video_to_world(size: int) -> Built:
+def cosmos_video_to_world(size: int) -> Example:
     """As in Cosmos-Predict2: a timestep per frame, no learned position table."""
     model = make(
         "CosmosTransformer3DModel",
@@ -283,7 +278,7 @@ def cosmos_video_to_world(size: int) -> Built:
 
 
 @zoo("CosmosTransformer3DModel-image-context", "video")
-def cosmos_image_context(size: int) -> Built:
+def cosmos_image_context(size: int) -> Example:
     """As in Cosmos-Transfer2.5: text and image context as a tuple, residuals of a control network."""
     model = make(
         "CosmosTransformer3DModel",
@@ -323,7 +318,7 @@ def _cosmos_config() -> dict[str, Any]:
 
 
 @zoo("EasyAnimateTransformer3DModel", "video")
-def easy_animate(size: int) -> Built:
+def easy_animate(size: int) -> Example:
     model = make(
         "EasyAnimateTransformer3DModel",
         num_attention_heads=2,
@@ -348,13 +343,13 @@ def easy_animate(size: int) -> Built:
 
 
 @zoo("HeliosTransformer3DModel", "video")
-def helios(size: int) -> Built:
+def helios(size: int) -> Example:
     model = make("HeliosTransformer3DModel", **_helios_config())
     return model, _helios_inputs(size)
 
 
 @zoo("HeliosTransformer3DModel-amplified-history", "video")
-def helios_amplified(size: int) -> Built:
+def helios_amplified(size: int) -> Example:
     """The keys of the history are scaled, so each block depends on where the history ends."""
     model = make(
         "HeliosTransformer3DModel",
@@ -402,7 +397,7 @@ def _helios_inputs(size: int) -> dict[str, Any]:
 
 
 @zoo("HunyuanVideo15Transformer3DModel", "video")
-def hunyuan_video_1_5(size: int) -> Built:
+def hunyuan_video_1_5(size: int) -> Example:
     model = make(
         "HunyuanVideo15Transformer3DModel",
         in_channels=9,
@@ -429,7 +424,7 @@ def hunyuan_video_1_5(size: int) -> Built:
 
 
 @zoo("HunyuanVideoFramepackTransformer3DModel", "video")
-def hunyuan_video_framepack(size: int) -> Built:
+def hunyuan_video_framepack(size: int) -> Example:
     model = make(
         "HunyuanVideoFramepackTransformer3DModel",
         has_image_proj=True,
@@ -461,13 +456,13 @@ def hunyuan_video_framepack(size: int) -> Built:
 
 
 @zoo("HunyuanVideoTransformer3DModel", "video")
-def hunyuan_video(size: int) -> Built:
+def hunyuan_video(size: int) -> Example:
     model = make("HunyuanVideoTransformer3DModel", **_hunyuan_config())
     return model, _hunyuan_inputs(size, 4)
 
 
 @zoo("HunyuanVideoTransformer3DModel-latent-concat", "video")
-def hunyuan_video_latent_concat(size: int) -> Built:
+def hunyuan_video_latent_concat(size: int) -> Example:
     model = make(
         "HunyuanVideoTransformer3DModel",
         image_condition_type="latent_concat",
@@ -484,7 +479,7 @@ def hunyuan_video_latent_concat(size: int) -> Built:
     "video",
     refused="permuting its image tokens",
 )
-def hunyuan_video_token_replace(size: int) -> Built:
+def hunyuan_video_token_replace(size: int) -> Example:
     model = make(
         "HunyuanVideoTransformer3DModel",
         image_condition_type="token_replace",
@@ -521,7 +516,7 @@ def _hunyuan_inputs(size: int, channels: int) -> dict[str, Any]:
 
 
 @zoo("Kandinsky5Transformer3DModel", "video")
-def kandinsky_5(size: int) -> Built:
+def kandinsky_5(size: int) -> Example:
     model = make(
         "Kandinsky5Transformer3DModel",
         in_visual_dim=4,
@@ -549,7 +544,7 @@ def kandinsky_5(size: int) -> Built:
 
 
 @zoo("Kandinsky6Transformer3DModel", "video")
-def kandinsky_6(size: int) -> Built:
+def kandinsky_6(size: int) -> Example:
     model = make(
         "Kandinsky6Transformer3DModel",
         in_visual_dim=4,
@@ -578,7 +573,7 @@ def kandinsky_6(size: int) -> Built:
 
 # Sparse attention over tiles of 8 x 8 tokens, with a BlockMask that is made for all of them.
 @zoo("Kandinsky6SRTransformer3DModel", "video", refused="it does not run on")
-def kandinsky_6_sr(size: int) -> Built:
+def kandinsky_6_sr(size: int) -> Example:
     model = make(
         "Kandinsky6SRTransformer3DModel",
         in_visual_dim=4,
@@ -597,7 +592,7 @@ def kandinsky_6_sr(size: int) -> Built:
 
 
 @zoo("LTXVideoTransformer3DModel", "video")
-def ltx_video(size: int) -> Built:
+def ltx_video(size: int) -> Example:
     model = make(
         "LTXVideoTransformer3DModel",
         in_channels=4,
@@ -622,13 +617,13 @@ def ltx_video(size: int) -> Built:
 
 
 @zoo("LTX2VideoTransformer3DModel", "video")
-def ltx_2_video(size: int) -> Built:
+def ltx_2_video(size: int) -> Example:
     model = make("LTX2VideoTransformer3DModel", **_ltx_2_config())
     return model, _ltx_2_inputs(size)
 
 
 @zoo("LTX2VideoTransformer3DModel-2.3", "video")
-def ltx_2_3_video(size: int) -> Built:
+def ltx_2_3_video(size: int) -> Example:
     """Gated attention, modulated text, split rotary tables and a timestep per video token."""
     model = make(
         "LTX2VideoTransformer3DModel",

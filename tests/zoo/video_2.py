@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 import torch
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.zoo import zoo
+from tests.zoo.parts import BATCH, Example, awake
 
-BATCH, TEXT = 2, 5
+TEXT = 5  # text tokens
 TEXT_WIDTH = 24
-Built = tuple[nn.Module, dict[str, Any]]
-
-
-def wake(model: nn.Module) -> nn.Module:
-    """Give parameters that start at zero small values: a zero gate would hide what it gates."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
 
 
 def video(size: int, channels: int, frames: int | None = None) -> Tensor:
@@ -44,7 +33,7 @@ def timestep() -> Tensor:
 
 
 @zoo("LatteTransformer3DModel", "video")
-def latte(size: int) -> Built:
+def latte(size: int) -> Example:
     frames = (4, 6)[size]  # its table of frames is as long as the video
     model = diffusers.LatteTransformer3DModel(
         num_attention_heads=2,
@@ -64,7 +53,7 @@ def latte(size: int) -> Built:
         caption_channels=TEXT_WIDTH,
         video_length=frames,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": torch.randn(BATCH, 4, frames, 8, 8),
         "timestep": timestep(),
         "encoder_hidden_states": text(),
@@ -72,7 +61,7 @@ def latte(size: int) -> Built:
 
 
 @zoo("MiniMaxH3Transformer3DModel", "video")
-def minimax_h3(size: int) -> Built:
+def minimax_h3(size: int) -> Example:
     tokens, sounds = (16, 32)[size], 6
     model = diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=2,
@@ -97,7 +86,7 @@ def minimax_h3(size: int) -> Built:
     positions[texts, 0] = torch.arange(TEXT).float()
     positions[pictures] = torch.stack([at // 8, at // 4 % 2, at % 4], 1).float() + TEXT
     positions[audios, 0] = torch.arange(sounds) / 3 + TEXT
-    return wake(model), {
+    return awake(model), {
         "hidden_states": torch.randn(BATCH, tokens, 16),
         "audio_hidden_states": torch.randn(BATCH, sounds, 8),
         "encoder_hidden_states": text(),
@@ -112,7 +101,7 @@ def minimax_h3(size: int) -> Built:
 
 
 @zoo("MochiTransformer3DModel", "video")
-def mochi(size: int) -> Built:
+def mochi(size: int) -> Example:
     model = diffusers.MochiTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -123,7 +112,7 @@ def mochi(size: int) -> Built:
         time_embed_dim=8,
         max_sequence_length=TEXT,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 4),
         "encoder_hidden_states": text(),
         "timestep": timestep(),
@@ -132,7 +121,7 @@ def mochi(size: int) -> Built:
 
 
 @zoo("MotifVideoTransformer3DModel", "video")
-def motif_video(size: int) -> Built:
+def motif_video(size: int) -> Example:
     model = diffusers.MotifVideoTransformer3DModel(
         in_channels=9,
         out_channels=4,
@@ -147,7 +136,7 @@ def motif_video(size: int) -> Built:
         enable_text_cross_attention_dual=True,
         enable_text_cross_attention_single=True,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 9),
         "timestep": timestep(),
         "encoder_hidden_states": text(),
@@ -156,7 +145,7 @@ def motif_video(size: int) -> Built:
 
 
 @zoo("SanaVideoTransformer3DModel", "video", refused="mixes tokens by their position")
-def sana_video(size: int) -> Built:
+def sana_video(size: int) -> Example:
     model = diffusers.SanaVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -169,7 +158,7 @@ def sana_video(size: int) -> Built:
         caption_channels=TEXT_WIDTH,
         rope_max_seq_len=32,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 4),
         "encoder_hidden_states": text(),
         "timestep": timestep(),
@@ -178,7 +167,7 @@ def sana_video(size: int) -> Built:
 
 
 @zoo("SanaWMTransformer3DModel", "video", refused="mixes tokens by their position")
-def sana_wm(size: int) -> Built:
+def sana_wm(size: int) -> Example:
     model = diffusers.SanaWMTransformer3DModel(
         in_channels=4,
         num_layers=4,
@@ -194,7 +183,7 @@ def sana_wm(size: int) -> Built:
     cameras = torch.cat([torch.eye(4).flatten(), torch.tensor([3.0, 3.0, 1.5, 1.5])])
     cameras = cameras.repeat(BATCH, frames, 1)  # camera to world (4 x 4), focus, centre
     cameras[..., 3] = torch.rand(BATCH, frames)
-    return wake(model), {
+    return awake(model), {
         "hidden_states": torch.randn(BATCH, 4, frames, 3, 3),
         "timestep": timestep().float().view(BATCH, 1, 1).expand(BATCH, 1, frames).clone(),
         "encoder_hidden_states": text()[:, None],
@@ -205,7 +194,7 @@ def sana_wm(size: int) -> Built:
 
 
 @zoo("SanaWMLTX2RefinerTransformer3DModel", "video")
-def sana_wm_refiner(size: int) -> Built:
+def sana_wm_refiner(size: int) -> Example:
     frames = (2, 4)[size]
     model = diffusers.SanaWMLTX2RefinerTransformer3DModel(
         in_channels=4,
@@ -226,7 +215,7 @@ def sana_wm_refiner(size: int) -> Built:
     )
     noise = torch.tensor([900.0, 400.0])[:, None].repeat(1, frames * 8)
     noise[:, :8] = 0.0  # the first frame is given
-    return wake(model), {
+    return awake(model), {
         "hidden_states": torch.randn(BATCH, frames * 8, 4),
         "encoder_hidden_states": text(),
         "timestep": noise,
@@ -236,7 +225,7 @@ def sana_wm_refiner(size: int) -> Built:
 
 
 @zoo("SkyReelsV2Transformer3DModel", "video")
-def skyreels_v2(size: int) -> Built:
+def skyreels_v2(size: int) -> Example:
     model = diffusers.SkyReelsV2Transformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -248,7 +237,7 @@ def skyreels_v2(size: int) -> Built:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 4),
         "timestep": timestep(),
         "encoder_hidden_states": text(),
@@ -256,7 +245,7 @@ def skyreels_v2(size: int) -> Built:
 
 
 @zoo("TransformerTemporalModel", "video")
-def temporal(size: int) -> Built:
+def temporal(size: int) -> Example:
     frames = (4, 8)[size]
     model = diffusers.models.transformers.TransformerTemporalModel(
         num_attention_heads=2,
@@ -265,14 +254,14 @@ def temporal(size: int) -> Built:
         num_layers=2,
         norm_num_groups=4,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": torch.randn(BATCH * frames, 8, 4, 4),
         "num_frames": frames,
     }
 
 
 @zoo("WanAnimate2Transformer3DModel", "video", refused="mixes tokens by their position")
-def wan_animate_2(size: int) -> Built:
+def wan_animate_2(size: int) -> Example:
     # The pass over the reference video: the other one compiles a FlexAttention mask. The rotation
     # follows the grid sizes inside of a block in both.
     frames = (2, 4)[size]
@@ -288,7 +277,7 @@ def wan_animate_2(size: int) -> Built:
         num_layers=2,
         use_img_emb=False,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": list(torch.randn(BATCH, 4, frames, 4, 8)),
         "timestep": timestep(),
         "encoder_hidden_states": list(text()),
@@ -301,7 +290,7 @@ def wan_animate_2(size: int) -> Built:
 
 
 @zoo("WanAnimateTransformer3DModel", "video")
-def wan_animate(size: int) -> Built:
+def wan_animate(size: int) -> Example:
     frames = (2, 3)[size]  # one more for the reference picture
     model = diffusers.WanAnimateTransformer3DModel(
         num_attention_heads=2,
@@ -325,7 +314,7 @@ def wan_animate(size: int) -> Built:
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 12, frames + 1),
         "timestep": timestep(),
         "encoder_hidden_states": text(),
@@ -336,7 +325,7 @@ def wan_animate(size: int) -> Built:
 
 
 @zoo("WanTransformer3DModel", "video")
-def wan(size: int) -> Built:
+def wan(size: int) -> Example:
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -348,7 +337,7 @@ def wan(size: int) -> Built:
         num_layers=3,
         rope_max_seq_len=32,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 4),
         "timestep": timestep(),
         "encoder_hidden_states": text(),
@@ -356,7 +345,7 @@ def wan(size: int) -> Built:
 
 
 @zoo("WanVACETransformer3DModel", "video")
-def wan_vace(size: int) -> Built:
+def wan_vace(size: int) -> Example:
     model = diffusers.WanVACETransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -370,7 +359,7 @@ def wan_vace(size: int) -> Built:
         vace_layers=[0, 2],
         vace_in_channels=6,
     )
-    return wake(model), {
+    return awake(model), {
         "hidden_states": video(size, 4),
         "timestep": timestep(),
         "encoder_hidden_states": text(),

@@ -29,7 +29,6 @@ from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact, export_dense
 from diffcr_compile.export.parity import Parity, compare
-from diffcr_compile.inspection import Plan, make_plan
 from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.manifest import (
@@ -43,6 +42,8 @@ from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
+from diffcr_compile.planning.inspection import Plan, make_plan
+from diffcr_compile.planning.targets import find_target
 from diffcr_compile.program import (
     DiTGraph,
     Program,
@@ -61,7 +62,6 @@ from diffcr_compile.schedule import (
     TokenSchedule,
     check_budget,
 )
-from diffcr_compile.targets import find_target
 from diffcr_compile.vector_math import settle_vector_math
 from diffcr_compile.workspace import Workspace, fingerprint
 
@@ -114,7 +114,7 @@ def inspect(
         model: any DiT.
         example_inputs: keyword inputs as a dict, or positional ones as a tuple.
         config: settings of the routing.
-        target: name of the device whose limits count, see ``targets.py``.
+        target: name of the device whose limits count, see ``planning/targets.py``.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
 
     Raises:

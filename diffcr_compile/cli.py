@@ -150,7 +150,7 @@ def inspect(
 ) -> None:
     """Dry run: what can be routed and why, what it brings and takes, what to run next."""
     import diffcr_compile as dcr
-    from diffcr_compile.plan_text import plan_text
+    from diffcr_compile.planning.plan_text import plan_text
     from diffcr_compile.sources import load_case
 
     case = load_case(model, inputs)

@@ -94,7 +94,7 @@ class Findings:
 
 
 class Examiner:
-    """How candidates are looked at. A dry run has a quicker way (``dry_run.py``)."""
+    """How candidates are looked at. A dry run has a quicker way (``planning/dry_run.py``)."""
 
     def prepared(
         self,

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
-from diffcr_compile.advice import advise, suggested_budget
 from diffcr_compile.blocks import BlockSpec
 from diffcr_compile.config import CompileConfig, RoutingConfig, make_config
-from diffcr_compile.dry_run import dry_run
 from diffcr_compile.errors import UsageError
-from diffcr_compile.estimates import ModelSizes, estimate
-from diffcr_compile.inspection import Plan
 from diffcr_compile.legality import Findings, find_blocks
-from diffcr_compile.plan_text import plan_text, span
-from diffcr_compile.targets import find_target
+from diffcr_compile.planning.advice import advise, suggested_budget
+from diffcr_compile.planning.dry_run import dry_run
+from diffcr_compile.planning.estimates import ModelSizes, estimate
+from diffcr_compile.planning.inspection import Plan
+from diffcr_compile.planning.plan_text import plan_text, span
+from diffcr_compile.planning.targets import find_target
 from tests import models
 from tests.model_parts import Block, OwnDiT, inputs_for
 from tests.test_cli import run
@@ -432,11 +432,11 @@ def test_large_rollouts_and_little_memory_are_named(
         rollouts=19 * 10**9,
     )
     plan = dataclasses.replace(dit_plan, estimates=large)
-    monkeypatch.setattr("diffcr_compile.advice.installed_memory", lambda: 8 * 10**9)
+    monkeypatch.setattr("diffcr_compile.planning.advice.installed_memory", lambda: 8 * 10**9)
     lines = advise(plan, {"float32"}, CompileConfig())
     assert any("30.0 GB" in line and "calibration.train=router" in line for line in lines)
     assert any("19.0 GB (3,840 states of 4.95 MB)" in line for line in lines)
-    monkeypatch.setattr("diffcr_compile.advice.installed_memory", lambda: None)
+    monkeypatch.setattr("diffcr_compile.planning.advice.installed_memory", lambda: None)
     assert not any("this machine" in line for line in advise(plan, set(), CompileConfig()))
 
 

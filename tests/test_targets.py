@@ -7,7 +7,7 @@ import pytest
 
 from diffcr_compile.errors import UsageError
 from diffcr_compile.export.onnx_model import MAX_IR_VERSION, OPSET, onnx_from_program
-from diffcr_compile.targets import ROUTING_OPS, TARGETS, find_target
+from diffcr_compile.planning.targets import ROUTING_OPS, TARGETS, find_target
 
 TENSORRT = ("orin-jp6", "thor-jp7", "rtx")
 

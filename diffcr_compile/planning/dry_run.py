@@ -36,7 +36,6 @@ from diffcr_compile.blocks import (
     map_leaves,
 )
 from diffcr_compile.capture import capture
-from diffcr_compile.copies import fake_copy, fill_meta, shared_copy, to_fake, with_data
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.legality import (
@@ -48,10 +47,17 @@ from diffcr_compile.legality import (
     find_blocks,
 )
 from diffcr_compile.macs import flop_counter
-from diffcr_compile.op_trace import OpTrace, buffer_contents
 from diffcr_compile.parts import PartFindings
+from diffcr_compile.planning.copies import (
+    fake_copy,
+    fill_meta,
+    shared_copy,
+    to_fake,
+    with_data,
+)
+from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
+from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
-from diffcr_compile.stand_in import stand_in
 from diffcr_compile.streams import (
     Call,
     IllegalError,

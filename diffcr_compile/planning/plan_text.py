@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffcr_compile.blocks import show_path
-from diffcr_compile.overhead import SHOWN_KEEP_RATIO
+from diffcr_compile.planning.overhead import SHOWN_KEEP_RATIO
 
 if TYPE_CHECKING:
-    from diffcr_compile.inspection import BlockPlan, Plan
+    from diffcr_compile.planning.inspection import BlockPlan, Plan
 
 # the last number in a name, with what stands before and behind it
 _NUMBERED = re.compile(r"(.*\.)(\d+)((?:\.[A-Za-z_]\w*)*)")

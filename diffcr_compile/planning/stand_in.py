@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
-from diffcr_compile.copies import fill_meta
+from diffcr_compile.planning.copies import fill_meta
 from diffcr_compile.streams import Call, identity_output
 
 

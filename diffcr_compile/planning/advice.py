@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.targets import ROUTING_OPS
+from diffcr_compile.planning.targets import ROUTING_OPS
 
 if TYPE_CHECKING:
-    from diffcr_compile.inspection import Plan
+    from diffcr_compile.planning.inspection import Plan
 
 # A block that must keep fewer tokens than this to gain anything is better left alone or shared.
 POOR_BREAK_EVEN = 0.8

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffcr_compile.advice import advise, suggested_budget
 from diffcr_compile.blocks import BlockSpec, leaves, show_path
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.dry_run import DryRun, dry_run
-from diffcr_compile.estimates import Estimates, ModelSizes, estimate
 from diffcr_compile.legality import describe
 from diffcr_compile.macs import keep_levels, measure_costs
-from diffcr_compile.overhead import Overhead, routing_overhead
-from diffcr_compile.plan_text import plan_text
+from diffcr_compile.planning.advice import advise, suggested_budget
+from diffcr_compile.planning.dry_run import DryRun, dry_run
+from diffcr_compile.planning.estimates import Estimates, ModelSizes, estimate
+from diffcr_compile.planning.overhead import Overhead, routing_overhead
+from diffcr_compile.planning.plan_text import plan_text
+from diffcr_compile.planning.targets import Target
 from diffcr_compile.schedule import CostTable
 from diffcr_compile.streams import Call
-from diffcr_compile.targets import Target
 
 # Where the target's own figure is not known. Of the order of large GPUs in fp16; not measured.
 ASSUMED_MACS_PER_BYTE = 100.0

@@ -1,0 +1,1 @@
+"""What ``inspect`` does: a dry run of a model, and the plan that is made of it."""

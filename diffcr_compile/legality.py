@@ -41,7 +41,7 @@ from diffcr_compile.recorded import (
     output_tensors,
     two_samples,
 )
-from diffcr_compile.residual import Pairs, identity_output, is_float, residual_pairs
+from diffcr_compile.residual import Pairs, is_float, residual_pairs
 from diffcr_compile.streams import (
     Moved,
     Outside,
@@ -51,24 +51,6 @@ from diffcr_compile.streams import (
     sample_input,
 )
 from diffcr_compile.trial import Trial
-
-__all__ = [
-    "Call",
-    "Examiner",
-    "Findings",
-    "IllegalError",
-    "block_candidates",
-    "describe",
-    "examine",
-    "find_blocks",
-    "identity_output",
-    "image_stream",
-    "moved_positions",
-    "output_tensors",
-    "record_calls",
-    "sample_input",
-    "two_samples",
-]
 
 # A module with this share of its parameters in a row of equal legal blocks is not one block itself.
 MOSTLY = 0.9

@@ -15,29 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
-from diffcr_compile.recorded import (
-    Call,
-    IllegalError,
-    output_tensors,
-    run_recorded,
-    two_samples,
-)
+from diffcr_compile.recorded import Call, IllegalError, output_tensors, run_recorded
 from diffcr_compile.residual import Pairs, first_come, identity_output, is_float
-
-__all__ = [
-    "Call",
-    "IllegalError",
-    "Moved",
-    "Outside",
-    "Pairs",
-    "identity_output",
-    "image_stream",
-    "moved_positions",
-    "output_tensors",
-    "record_calls",
-    "sample_input",
-    "two_samples",
-]
 
 
 def record_calls(
@@ -192,6 +171,7 @@ class Outside:
     ) -> None:
         self.model, self.tree, self.candidates = model, tree, candidates
         self.sample, self.pairs = sample, pairs
+        self._read: dict[tuple[str, Path], bool] = {}
 
     @property
     def size(self) -> int:
@@ -304,7 +284,11 @@ class Outside:
 
     def is_read(self, name: str, output: Path) -> bool:
         """Whether anybody reads a block's output at that path: NaN in its place shows somewhere."""
+        if (name, output) not in self._read:
+            self._read[name, output] = self._shows(name, output)
+        return self._read[name, output]
 
+    def _shows(self, name: str, output: Path) -> bool:
         def spoil(other: str, tree: Any, result: Any) -> Any:
             result = identity_output(tree, result, self.pairs.get(other))
             if other != name:

@@ -19,7 +19,7 @@ Weights on the meta device (no data) are given random values, one block at a tim
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from diffcr_compile.blocks import (
     leaves,
     map_leaves,
 )
+from diffcr_compile.candidates import block_candidates
 from diffcr_compile.capture import capture
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import CaptureError, UsageError
@@ -42,7 +43,6 @@ from diffcr_compile.legality import (
     Examiner,
     Findings,
     Granularity,
-    block_candidates,
     examine,
     find_blocks,
 )
@@ -58,15 +58,9 @@ from diffcr_compile.planning.copies import (
 from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
 from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
-from diffcr_compile.streams import (
-    Call,
-    IllegalError,
-    Moved,
-    Pairs,
-    image_stream,
-    output_tensors,
-    two_samples,
-)
+from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
+from diffcr_compile.residual import Pairs
+from diffcr_compile.streams import Moved, image_stream
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -166,12 +160,8 @@ def _on_real_numbers(
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return DryRun(nothing, error=f"it does not run on the example inputs: {_short(error)}")
     note = f"the whole model ran on real numbers, because it does not run without: {_short(reason)}"
-    try:
-        return DryRun(findings, program=_capture(whole, tree, findings), note=note)
-    except (CaptureError, UsageError) as error:
-        return DryRun(findings, error=str(error), note=note)
-    except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-        return DryRun(findings, error=_short(error), note=note)
+    program, problem = _attempt(lambda: _capture(whole, tree, findings))
+    return DryRun(findings, program=program, error=problem, note=note)
 
 
 class _FakeRun:
@@ -195,6 +185,7 @@ class _FakeRun:
         self.calls: dict[str, list[Call]] = {}
         self.digests: dict[str, str] = {}
         self.macs: dict[str, float] = {}
+        self._halves: dict[Any, str] = {}
         self.trace, self.counter = OpTrace(), flop_counter()
         args, kwargs = map_leaves(tree, lambda _, leaf: to_fake(leaf, mode))
         handles = [h for name in names for h in self._watch(name)]
@@ -225,8 +216,14 @@ class _FakeRun:
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after, with_kwargs=True)
 
-    def digest_of_half(self, name: str, axes: Sequence[TokenAxis], num_tokens: int) -> str:
+    def digest_of_half(self, name: str, axes: tuple[TokenAxis, ...], num_tokens: int) -> str:
         """Trace of a block on half of its image tokens, or why it does not run on them."""
+        key = (name, axes, num_tokens)
+        if key not in self._halves:  # the tried block is compared with many
+            self._halves[key] = self._trace_half(name, axes, num_tokens)
+        return self._halves[key]
+
+    def _trace_half(self, name: str, axes: tuple[TokenAxis, ...], num_tokens: int) -> str:
         tree, trace = self.calls[name][0].tree, OpTrace()
         stream = get_leaf(tree, axes[0].path)
         shape = (stream.shape[0], max(1, num_tokens // 2))  # samples may be folded with frames
@@ -386,8 +383,9 @@ def _captured(
     model: nn.Module, twin: nn.Module, tree: Tree, tried: _OnePerStructure, findings: Findings
 ) -> tuple[Program | None, str | None]:
     """The CAPTURED program, with fake weights if that can be, or why there is none."""
-    fake: Tree = map_leaves(tree, lambda _, leaf: to_fake(leaf, tried.mode))
-    try:
+
+    def on_fake_weights() -> Program:
+        fake: Tree = map_leaves(tree, lambda _, leaf: to_fake(leaf, tried.mode))
         light = shared_copy(twin)
         for spec in findings.blocks:
             call = tried.calls[spec.name]
@@ -396,13 +394,19 @@ def _captured(
             stand_in(light.get_submodule(spec.name), call, reads_all=True)
         program = _capture(light, fake, findings)
         bodies = {spec.name: twin.get_submodule(spec.name) for spec in findings.blocks}
-        return program.with_graph(program.copy_graph(), bodies), None
-    except Exception as error:  # noqa: BLE001 - not every model can be traced on fake tensors
-        problem = str(error)
-    if _has_no_data(model):
-        return None, problem
-    try:  # with data and all blocks there is one way more to capture a model
-        return _capture(shared_copy(model), tree, findings), None
+        return program.with_graph(program.copy_graph(), bodies)
+
+    program, problem = _attempt(on_fake_weights)
+    if program is not None or _has_no_data(model):
+        return program, problem
+    # with data and all blocks there is one way more to capture a model
+    return _attempt(lambda: _capture(shared_copy(model), tree, findings))
+
+
+def _attempt(make: Callable[[], Program]) -> tuple[Program | None, str | None]:
+    """What `make` returns, or in words why it cannot."""
+    try:
+        return make(), None
     except (CaptureError, UsageError) as error:
         return None, str(error)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything

@@ -18,8 +18,8 @@ from diffcr_compile.planning.estimates import Estimates, ModelSizes, estimate
 from diffcr_compile.planning.overhead import Overhead, routing_overhead
 from diffcr_compile.planning.plan_text import plan_text
 from diffcr_compile.planning.targets import Target
+from diffcr_compile.recorded import Call
 from diffcr_compile.schedule import CostTable
-from diffcr_compile.streams import Call
 
 # Where the target's own figure is not known. Of the order of large GPUs in fp16; not measured.
 ASSUMED_MACS_PER_BYTE = 100.0

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from diffcr_compile.blocks import BlockSpec, Path, get_leaf
+from diffcr_compile.recorded import Call
 from diffcr_compile.schedule import CostTable
-from diffcr_compile.streams import Call
 
 # The keep ratio at which routing costs are shown.
 SHOWN_KEEP_RATIO = 0.5

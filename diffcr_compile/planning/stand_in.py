@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
 from diffcr_compile.planning.copies import fill_meta
-from diffcr_compile.streams import Call, identity_output
+from diffcr_compile.recorded import Call
+from diffcr_compile.residual import identity_output
 
 
 def stand_in(block: nn.Module, call: Call, *, reads_all: bool = False) -> None:
@@ -29,15 +30,15 @@ def stand_in(block: nn.Module, call: Call, *, reads_all: bool = False) -> None:
             fill_meta(block)
             return whole(*args, **kwargs)
         tree = (args, kwargs)
-
-        # counted, so that dtypes do not matter, and 0 in the end
-        read = sum((t != 0).sum() for _, t in leaves(tree) if isinstance(t, Tensor)) * 0
+        read: Any = None
+        if reads_all:  # counted, so that dtypes do not matter, and 0 in the end
+            read = sum((t != 0).sum() for _, t in leaves(tree) if isinstance(t, Tensor)) * 0
 
         def partner(path: Path, leaf: Any) -> Any:
             if path not in partners:
                 return leaf
             given = get_leaf(tree, partners[path])
-            return given + read if reads_all else given
+            return given if read is None else given + read
 
         return map_leaves(call.output, partner)
 

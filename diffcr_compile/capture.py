@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
-from diffcr_compile.errors import CaptureError
+from diffcr_compile.errors import CaptureError, one_line
 from diffcr_compile.fold import fold_constants
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size
 from diffcr_compile.signature import CallCodeGen, CallSignature, bind_call, split_leaves
@@ -399,5 +399,4 @@ def _leaf(bound: Mapping[str, Any], path: tuple[Any, ...]) -> Tensor:
 
 
 def _first_lines(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"
+    return one_line(error, limit=400)

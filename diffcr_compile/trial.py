@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves, show_path
 from diffcr_compile.cut import cut_arguments
+from diffcr_compile.errors import one_line
 from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
 from diffcr_compile.recorded import Call, IllegalError
 from diffcr_compile.residual import SHRINK, gain, noise, shrink
@@ -379,6 +380,5 @@ def lively_copy(module: nn.Module) -> nn.Module:
 
 
 def short(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    """An error as part of a reason for refusing a block."""
+    return one_line(error, limit=160)

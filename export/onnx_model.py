@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.program import Program, run_flat
 
@@ -141,7 +141,7 @@ def _root_cause(error: BaseException) -> str:
     """The innermost message: the exporter wraps it in pages about itself."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    return one_line(error, limit=600)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from diffcr_compile.blocks import (
 from diffcr_compile.candidates import block_candidates
 from diffcr_compile.capture import capture
 from diffcr_compile.cut import cut_arguments
-from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.errors import CaptureError, UsageError, one_line
 from diffcr_compile.legality import (
     Examiner,
     Findings,
@@ -442,4 +442,4 @@ def _bytes(output: Any) -> int:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return one_line(error, limit=300)

@@ -21,7 +21,7 @@ from diffcr_compile.calibrate.data import (
     label_states,
     roll_out,
 )
-from diffcr_compile.calibrate.error_table import measure_errors
+from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
 from diffcr_compile.calibrate.loop import run_calibration
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.samplers import FlowEuler, SchedulerSampler
@@ -30,7 +30,7 @@ from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
 from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat
-from diffcr_compile.schedule import TimestepBuckets, cost_of
+from diffcr_compile.schedule import CostTable, TimestepBuckets, cost_of
 from tests import models
 from tests.conftest import keeping
 
@@ -423,6 +423,16 @@ def test_errors_are_what_a_model_with_fewer_tokens_makes(cases, states: TeacherS
             errors[name][:, -1] < 1e-10
         )  # all kept: the dense model, but for rounding
         assert np.all(errors[name][:, 0] > 1e-6)
+
+
+def test_large_errors_of_a_bucket_weigh_no_more_than_small_ones() -> None:
+    flat = dict.fromkeys("ab", (0.0,) * 3)
+    costs = CostTable(dict.fromkeys("ab", (0, 32, 64)), flat, flat, flat, outer=0.0)
+    small = {"a": np.array([4.0, 2.0, 0.0]), "b": np.array([8.0, 6.0, 0.0])}
+    errors = {name: np.stack([row, 100 * row]) for name, row in small.items()}
+    found = relative_errors(errors, costs)
+    assert found["a"] == pytest.approx(np.array([[1.0, 0.5, 0.0]] * 2))
+    assert found["b"] == pytest.approx(np.array([[2.0, 1.5, 0.0]] * 2))
 
 
 def test_the_schedule_over_errors_is_the_best_of_all(states: TeacherStates) -> None:

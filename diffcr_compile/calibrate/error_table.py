@@ -76,6 +76,21 @@ def measure_errors(
     return errors
 
 
+def relative_errors(errors: dict[str, Floats], costs: CostTable) -> dict[str, Floats]:
+    """The same table, with half the tokens of a typical block weighing 1 in every timestep bucket.
+
+    So a bucket counts by its steps, and not by how large its errors happen to be.
+    """
+    half = [row[:, _half(costs.levels[name])] for name, row in errors.items()]
+    typical = np.median(np.stack(half), axis=0) + 1e-30  # (buckets,)
+    return {name: row / typical[:, None] for name, row in errors.items()}
+
+
+def _half(levels: tuple[int, ...]) -> int:
+    """Which level is nearest to half the tokens."""
+    return min(range(len(levels)), key=lambda i: abs(levels[i] - levels[-1] / 2))
+
+
 def _probes(levels: tuple[int, ...]) -> list[int]:
     """The levels nearest to the probed keep ratios, without the one that keeps all."""
     below = np.array(levels[:-1])

@@ -26,13 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
-from diffcr_compile.calibrate.error_table import measure_errors
+from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.state import (
     load_state,
@@ -232,8 +231,7 @@ class _Run:
             self.reached = learner.cost()
             program = self.learning
         else:
-            learner.values = self.schedule.ratios().values
-            self.reached = learner.cost()
+            self._settle(self.schedule)
             learner.keep(self.schedule, bucket)
             program = self.program
         program.module.train()
@@ -275,11 +273,7 @@ class _Run:
         ]
         costs = self.learner.costs
         errors = measure_errors(self.program, self.states, chosen, costs)
-        # A bucket counts by its steps, not by how large its errors happen to be: half the tokens of a
-        # typical block weigh the same in all of them.
-        half = {name: row[:, _half(costs.levels[name])] for name, row in errors.items()}
-        typical = np.median(np.stack(list(half.values())), axis=0) + 1e-30  # (buckets,)
-        relative = {name: row / typical[:, None] for name, row in errors.items()}
+        relative = relative_errors(errors, costs)
         self._settle(solve_least(relative, costs, self.learner.buckets, budget))
         self.learned = self.learner.ratios()
 
@@ -349,11 +343,6 @@ class _Run:
             self.schedule = TokenSchedule.from_json(facts["schedule"])
             self.learned = KeepRatios(self.learner.names, tensors["learned"].numpy())
             self.reached = self.learner.cost()
-
-
-def _half(levels: tuple[int, ...]) -> int:
-    """Which level is nearest to half the tokens."""
-    return min(range(len(levels)), key=lambda i: abs(levels[i] - levels[-1] / 2))
 
 
 def own_weights(module: DiTGraph) -> None:

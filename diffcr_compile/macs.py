@@ -125,12 +125,19 @@ def _is_routed(spec: BlockSpec, kept_tokens: int) -> bool:
     return 0 < kept_tokens < spec.num_tokens
 
 
+def moved_rows(spec: BlockSpec, kept_tokens: int) -> int:
+    """Rows of the stream that are read and written to route a block.
+
+    The gather reads and writes K rows; the scatter copies the stream and overwrites K rows of it.
+    """
+    return 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
+
+
 def _moved_bytes(spec: BlockSpec, kept_tokens: int) -> float:
-    """Gather reads and writes K rows, the scatter copies the stream and overwrites K rows."""
+    """Of the stream alone, in fp32."""
     if not _is_routed(spec, kept_tokens):
         return 0.0
-    rows = 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
-    return 4.0 * spec.width * rows
+    return 4.0 * spec.width * moved_rows(spec, kept_tokens)
 
 
 def _structure(block: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.schedule import CostTable, TokenSchedule, cost_of
@@ -16,6 +16,7 @@ from diffcr_compile.schedule import CostTable, TokenSchedule, cost_of
 if TYPE_CHECKING:
     from diffcr_compile.api import Compiled
 
+_Value = TypeVar("_Value")
 # Small enough that nobody sees the difference, large enough for a solver over whole tokens.
 BUDGET_SLACK = 0.01
 _PACKAGES = (
@@ -53,14 +54,10 @@ def build_report(
         "parity": parity,
         "size": size,
         "quality": quality,
-        "schedule": _per_block(units, schedule.kept_tokens),
+        "schedule": _per_block(units, {u: list(k) for u, k in schedule.kept_tokens.items()}),
         "units": {unit: list(members) for unit, members in units.items()},
         "timestep_buckets": schedule.buckets.ranges(),
-        "num_tokens": {
-            block: schedule.num_tokens[unit]
-            for unit, members in units.items()
-            for block in members
-        },
+        "num_tokens": _per_block(units, schedule.num_tokens),
         "learned_keep_ratios": {
             name: [round(float(r), 4) for r in row]
             for name, row in zip(
@@ -88,12 +85,10 @@ def build_report(
 
 
 def _per_block(
-    units: Mapping[str, Sequence[str]], kept_tokens: Mapping[str, Sequence[int]]
-) -> dict[str, list[int]]:
-    """Kept tokens of every block of the model; the blocks of a span have those of the span."""
-    return {
-        block: list(kept_tokens[unit]) for unit, members in units.items() for block in members
-    }
+    units: Mapping[str, Sequence[str]], of_unit: Mapping[str, _Value]
+) -> dict[str, _Value]:
+    """A value for every block of the model; the blocks of a span have that of the span."""
+    return {block: of_unit[unit] for unit, members in units.items() for block in members}
 
 
 def model_section(compiled: Compiled) -> dict[str, Any]:

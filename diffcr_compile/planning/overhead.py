@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from diffcr_compile.blocks import BlockSpec, Path, get_leaf
+from diffcr_compile.macs import moved_rows
 from diffcr_compile.recorded import Call
 from diffcr_compile.schedule import CostTable
 
@@ -57,16 +58,15 @@ def routing_overhead(
 def moved_bytes(spec: BlockSpec, call: Call | None, kept_tokens: int) -> float:
     """Bytes that gathers and scatter read and write, per sample.
 
-    A gather reads and writes K rows, of the stream and of every token-aligned argument; the scatter
-    copies the stream and overwrites K rows of it.
+    Those of the stream, and K rows read and written of every token-aligned argument.
     """
     size = _stream(spec, call).element_size() if call else 4
-    rows = 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
     aligned = (
         sum(_row_bytes(spec, call, axis.path, axis.axis) for axis in spec.aligned)
         if call
         else 0
     )
+    rows = moved_rows(spec, kept_tokens)
     return float(size * spec.width * rows + 2 * kept_tokens * aligned)
 
 

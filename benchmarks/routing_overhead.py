@@ -33,6 +33,7 @@ from diffcr_compile.export.onnx_model import onnx_from_program
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, with_batch
 from diffcr_compile.reference import demo
+from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule, cost_of
 from diffcr_compile.summary import environment
 
@@ -64,16 +65,15 @@ def frozen_programs() -> tuple[Program, dict[int, Program], dict[int, float]]:
         costs = measure_costs(routed.program, 16, 0.125)
         shares[length] = cost_of(costs, schedule) / costs.dense
         programs[length] = dcr.freeze(routed, schedule=schedule)[0].program
-        dense = dcr.freeze(routed, keep_ratio=1.0)[0].program
+    dense = dcr.freeze(routed, keep_ratio=1.0)[0].program
     return dense, programs, shares
 
 
-def session(path: Path, threads: int, profile: Path | None = None) -> Any:
+def profiled_session(path: Path, threads: int, profile: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -89,7 +89,7 @@ def arrays(batch: int) -> dict[str, np.ndarray]:
 def op_seconds(path: Path, threads: int, inputs: dict[str, np.ndarray], runs: int) -> Any:
     """Milliseconds per run of each kind of op, from ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory() as folder:
-        profiled = session(path, threads, Path(folder) / "profile")
+        profiled = profiled_session(path, threads, Path(folder) / "profile")
         for _ in range(runs):
             profiled.run(None, inputs)
         events = json.loads(Path(profiled.end_profiling()).read_text())
@@ -107,7 +107,7 @@ def measure(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     inputs = arrays(args.batch)
-    sessions = {name: session(path, threads) for name, path in paths.items()}
+    sessions = {name: make_session(path, threads=threads) for name, path in paths.items()}
 
     def run(name: str) -> None:
         for _ in range(args.runs):

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import supported_models as bench
+from benchmarks.supported_models import one_model, processes, reference, settings, table
+from benchmarks.supported_models.record import Record, first_line
 from diffcr_compile import routing
 from diffcr_compile.blocks import BlockSpec, TokenAxis
 from diffcr_compile.errors import UnsupportedModelError
@@ -38,8 +39,8 @@ def _without_gradients() -> Iterator[None]:
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> bench.Record:
-    made = bench.Record(tmp_path / "entry.json", {"sizes": []})
+def record(tmp_path: Path) -> Record:
+    made = Record(tmp_path / "entry.json", {"sizes": []})
     made.begin(0)
     return made
 
@@ -50,13 +51,13 @@ def halved(case: Case) -> nn.Module:
 
 
 def runs_of(case: Case) -> list[tuple[str, dict[str, Any], Any]]:
-    given = (("example", case.inputs), ("other seed", bench.other_inputs(case.inputs)))
+    given = (("example", case.inputs), ("other seed", reference.other_inputs(case.inputs)))
     return [(label, inputs, case.model(**inputs)) for label, inputs in given]
 
 
-def parity(record: bench.Record, case: Case, frozen: nn.Module, routed: Any = None) -> bool:
+def parity(record: Record, case: Case, frozen: nn.Module, routed: Any = None) -> bool:
     routed = routed or case.routed.module
-    bench._check_parity(record, case.model, routed, frozen, runs_of(case))
+    one_model._check_parity(record, case.model, routed, frozen, runs_of(case))
     return record.size["passed"]["parity"]
 
 
@@ -65,7 +66,7 @@ def parity(record: bench.Record, case: Case, frozen: nn.Module, routed: Any = No
 
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "masked", "joint", "nested"])
 def test_frozen_agrees_with_the_reference(
-    name: str, cases: Callable[..., Case], record: bench.Record
+    name: str, cases: Callable[..., Case], record: Record
 ) -> None:
     case = cases(name)
     assert parity(record, case, halved(case)), record.size["failures"]
@@ -73,7 +74,7 @@ def test_frozen_agrees_with_the_reference(
 
 
 def test_a_router_that_differs_a_little_makes_parity_fail(
-    cases: Callable[..., Case], record: bench.Record
+    cases: Callable[..., Case], record: Record
 ) -> None:
     case = cases("dit")
     routers = copy.deepcopy(case.routed.module.routers)
@@ -108,7 +109,7 @@ def one_row_not_written(
     ],
 )
 def test_one_wrong_row_in_the_last_block_makes_parity_fail(
-    right: Any, wrong: Any, cases: Callable[..., Case], record: bench.Record
+    right: Any, wrong: Any, cases: Callable[..., Case], record: Record
 ) -> None:
     case = cases("dit")
     frozen: Any = halved(case)
@@ -118,16 +119,16 @@ def test_one_wrong_row_in_the_last_block_makes_parity_fail(
 
 
 def test_a_reference_that_drops_nothing_proves_nothing(
-    cases: Callable[..., Case], record: bench.Record, monkeypatch: pytest.MonkeyPatch
+    cases: Callable[..., Case], record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "KEEP_RATIO", 1.0)
+    monkeypatch.setattr(one_model, "KEEP_RATIO", 1.0)
     case = cases("dit")
     whole = case.frozen({s.name: s.num_tokens for s in case.routed.blocks}).module
     assert not parity(record, case, whole)
     assert re.search(r"changes (0\.0e\+00|\d\.\de-07),", record.size["failures"][0]["error"])
 
 
-def test_equal_scores_are_drawn_anew(cases: Callable[..., Case], record: bench.Record) -> None:
+def test_equal_scores_are_drawn_anew(cases: Callable[..., Case], record: Record) -> None:
     case = cases("dit")
     routed = run_passes(case.captured, [InsertTokenRouters(seed=3)])
     for router in routed.module.routers.values():
@@ -158,7 +159,7 @@ def block_call(block: nn.Module) -> Any:
 def test_the_reference_is_what_the_block_makes_of_each_samples_best_tokens() -> None:
     block, weight = Block(WIDTH), models.randn(WIDTH, seed=2)
     (x, condition), _ = tree = block_call(block)
-    found, distance = bench.slow_block(
+    found, distance = reference.slow_block(
         block.forward, tree, block(x, condition), spec_of(), weight, 3
     )
     assert distance > 0
@@ -180,8 +181,8 @@ def test_a_block_that_needs_the_whole_batch_is_run_on_it() -> None:
             raise ValueError("two samples, please")
         return block(x, condition)
 
-    alone, _ = bench.slow_block(block.forward, tree, dense, spec_of(), weight, 3)
-    together, _ = bench.slow_block(pair, tree, dense, spec_of(), weight, 3)
+    alone, _ = reference.slow_block(block.forward, tree, dense, spec_of(), weight, 3)
+    together, _ = reference.slow_block(pair, tree, dense, spec_of(), weight, 3)
     torch.testing.assert_close(together, alone)
 
 
@@ -193,7 +194,7 @@ def test_a_block_that_nothing_reproduces_is_an_error_that_says_both_reasons() ->
         return block(x.reshape(2, N, WIDTH), condition)
 
     with pytest.raises(RuntimeError, match=r"sample_by_sample.*batch_at_once"):
-        bench.slow_block(grid, tree, block(*tree[0]), spec_of(), models.randn(WIDTH), 3)
+        reference.slow_block(grid, tree, block(*tree[0]), spec_of(), models.randn(WIDTH), 3)
 
 
 def test_text_tokens_and_tables_are_cut_where_the_roles_say() -> None:
@@ -209,13 +210,13 @@ def test_text_tokens_and_tables_are_cut_where_the_roles_say() -> None:
         seen.append(kwargs["table"])
         return torch.zeros(1)
 
-    bench.sample_by_sample(lambda *a, **k: forward(**k), tree, spec, kept)
-    bench.batch_at_once(lambda *a, **k: forward(**k), tree, spec, kept)
+    reference.sample_by_sample(lambda *a, **k: forward(**k), tree, spec, kept)
+    reference.batch_at_once(lambda *a, **k: forward(**k), tree, spec, kept)
     expected = torch.tensor([[0, 10, 20, 60, 30], [0, 10, 20, 40, 50]]).float()
     assert torch.equal(seen[0], expected[0])
     assert torch.equal(seen[1], expected[1])
     assert torch.equal(seen[2], expected)
-    rows = bench.rows_of(kept[0], 2, 4, 7)
+    rows = reference.rows_of(kept[0], 2, 4, 7)
     assert rows.tolist() == [0, 1, 5, 2, 6]
 
 
@@ -227,7 +228,7 @@ def test_the_permutation_check_tells_legal_blocks_from_others(
 ) -> None:
     model = Nested(block(WIDTH, zero_gates=True))
     inputs = {"x": models.randn(2, N, WIDTH), "t": models.randn(2, WIDTH, seed=1)}
-    error = bench.permutation_errors(model, inputs, [spec_of("block")])["block"]
+    error = reference.permutation_errors(model, inputs, [spec_of("block")])["block"]
     assert (error < 1e-10) if legal else (error > 0.1)
 
 
@@ -249,7 +250,7 @@ def test_other_inputs_leave_masks_and_ids_and_exchange_timesteps() -> None:
         "labels": torch.tensor([1, 5]),
         "nested": [models.randn(3, 4), None],
     }
-    found = bench.other_inputs(given)
+    found = reference.other_inputs(given)
     assert not (found["x"] == given["x"]).any()
     assert not (found["nested"][0] == given["nested"][0]).any()
     assert torch.equal(found["mask"], given["mask"])
@@ -265,23 +266,23 @@ def test_a_model_that_ignores_its_inputs_or_is_random_is_no_example() -> None:
 
     inputs = {"x": models.randn(2, 3)}
     with pytest.raises(ValueError, match="same dense output"):
-        bench._dense_runs(Odd(), {**inputs, "noise": 0.0})
+        one_model._dense_runs(Odd(), {**inputs, "noise": 0.0})
     with pytest.raises(ValueError, match="called again"):
-        bench._dense_runs(Odd(), {**inputs, "noise": 1.0})
+        one_model._dense_runs(Odd(), {**inputs, "noise": 1.0})
 
 
 def test_not_a_number_is_far_from_everything() -> None:
     nan = torch.tensor([float("nan")])
-    assert bench.relative([nan], [nan]) == float("inf")
+    assert reference.relative([nan], [nan]) == float("inf")
     with pytest.raises(ValueError, match="shapes"):
-        bench.relative([torch.ones(2)], [torch.ones(3)])
+        reference.relative([torch.ones(2)], [torch.ones(3)])
 
 
 # ---------------------------------------------------------------------------------- the record
 
 
 def test_a_step_that_raises_is_recorded_without_folders_and_ends_nothing(
-    record: bench.Record,
+    record: Record,
 ) -> None:
     folder = "/some/where/deep"
     with record.step("onnx"):
@@ -291,15 +292,15 @@ def test_a_step_that_raises_is_recorded_without_folders_and_ends_nothing(
     assert written["running"] is None
     error = "ValueError: cannot read graph.py:"
     assert written["sizes"][0]["failures"] == [{"step": "onnx", "error": error}]
-    assert not bench.holds({"sizes": [record.size] * 2}, "onnx")
+    assert not table.holds({"sizes": [record.size] * 2}, "onnx")
 
 
-def test_a_step_is_on_disk_while_it_runs(record: bench.Record) -> None:
+def test_a_step_is_on_disk_while_it_runs(record: Record) -> None:
     with record.step("rtx"):
         assert json.loads(record.path.read_text())["running"] == "rtx"
 
 
-def test_a_step_that_failed_once_does_not_pass_later(record: bench.Record) -> None:
+def test_a_step_that_failed_once_does_not_pass_later(record: Record) -> None:
     record.require("onnx", False, "too far")
     record.require("onnx", True, "")
     assert record.size["passed"] == {"onnx": False}
@@ -307,7 +308,7 @@ def test_a_step_that_failed_once_does_not_pass_later(record: bench.Record) -> No
 
 def test_an_error_of_the_package_keeps_its_reason() -> None:
     error = UnsupportedModelError("no block of X can be routed.\n  blocks.0: a reason")
-    assert bench.first_line(error).endswith("can be routed. blocks.0: a reason")
+    assert first_line(error).endswith("can be routed. blocks.0: a reason")
 
 
 @pytest.mark.parametrize("end", ["crash", "endless", "hang", "no start"])
@@ -324,10 +325,10 @@ def test_a_process_that_dies_leaves_its_step_as_the_reason(
             raise subprocess.TimeoutExpired(command, timeout)
         return types.SimpleNamespace(returncode=-24 if end == "endless" else -11)
 
-    monkeypatch.setattr(bench.subprocess, "run", dies)
+    monkeypatch.setattr(processes.subprocess, "run", dies)
     args = argparse.Namespace(work=tmp_path, skip_rtx=False, jobs=1, limit=7)
     model = types.SimpleNamespace(kind="image", refused=None)
-    entry = bench.run_in_process("A", model, args)
+    entry = processes.run_in_process("A", model, args)
     failure = entry["sizes"][-1]["failures"][-1]
     assert failure["step"] == ("start" if end == "no start" else "rtx")
     errors = {
@@ -335,16 +336,16 @@ def test_a_process_that_dies_leaves_its_step_as_the_reason(
         "endless": "not finished after 7 s of processor time",
     }
     assert failure["error"] == errors.get(end, "its process ended with -11")
-    assert bench.verdict(entry) == "failed"
-    assert bench.finished(tmp_path / "A.json", skip_rtx=True) is None
+    assert table.verdict(entry) == "failed"
+    assert processes.finished(tmp_path / "A.json", skip_rtx=True) is None
     assert json.loads((tmp_path / "A.json").read_text()) == entry
 
 
 def test_resume_keeps_a_finished_entry_that_has_all_steps(tmp_path: Path) -> None:
     path = tmp_path / "A.json"
     path.write_text(json.dumps({**entry_of("A"), "rtx": False}))
-    assert bench.finished(path, skip_rtx=True) is not None
-    assert bench.finished(path, skip_rtx=False) is None
+    assert processes.finished(path, skip_rtx=True) is not None
+    assert processes.finished(path, skip_rtx=False) is None
 
 
 def test_a_file_missing_from_the_zoo_is_an_error_unless_told_otherwise(
@@ -354,8 +355,8 @@ def test_a_file_missing_from_the_zoo_is_an_error_unless_told_otherwise(
 
     monkeypatch.setattr(tests.zoo, "_FILES", ("no_such_file",))
     with pytest.raises(SystemExit, match=r"no_such_file\.py.*No module named"):
-        bench.load_models(partial=False)
-    _, problems = bench.load_models(partial=True)
+        processes.load_models(partial=False)
+    _, problems = processes.load_models(partial=True)
     assert len(problems) == 1
 
 
@@ -364,28 +365,29 @@ def test_a_refused_model_goes_through_the_steps_it_can(tmp_path: Path) -> None:
         name="conv", kind="handwritten", refused="mixes tokens",
         build=lambda size: models.convolution_1d(),
     )  # fmt: skip
-    entry = bench.run_model(model, tmp_path / "conv.json", skip_rtx=True)
-    assert bench.verdict(entry) == "refused"
-    assert bench.holds(entry, "captured")
-    assert not bench.holds(entry, "routed")
+    entry = one_model.run_model(model, tmp_path / "conv.json", skip_rtx=True)
+    assert table.verdict(entry) == "refused"
+    assert table.holds(entry, "captured")
+    assert not table.holds(entry, "routed")
     assert [len(size["not_routed"]) for size in entry["sizes"]] == [2, 2]
-    assert bench.verdict({**entry, "refused": "other words"}) == "wrong"
+    assert table.verdict({**entry, "refused": "other words"}) == "wrong"
 
 
 def test_a_model_goes_through_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_rtx_engine", lambda data: data[:10])  # see test_rtx_build.py
+    # engines are built in test_rtx_build.py
+    monkeypatch.setattr(one_model, "_rtx_engine", lambda data: data[:10])
     model = types.SimpleNamespace(
         name="masked", kind="handwritten", refused=None, build=lambda size: models.masked()
     )
-    entry = bench.run_model(model, tmp_path / "masked.json", skip_rtx=False)
+    entry = one_model.run_model(model, tmp_path / "masked.json", skip_rtx=False)
     assert [f for size in entry["sizes"] for f in size["failures"]] == []
-    assert bench.verdict(entry) == "supported"
-    assert bench.verdict({**entry, "refused": "anything"}) == "wrong"
+    assert table.verdict(entry) == "supported"
+    assert table.verdict({**entry, "refused": "anything"}) == "wrong"
     assert json.loads((tmp_path / "masked.json").read_text()) == entry
     for size in entry["sizes"]:
-        assert size["passed"] == dict.fromkeys(bench.STEPS, True)
+        assert size["passed"] == dict.fromkeys(settings.STEPS, True)
         assert size["parity"]["example"]["error"] < 1e-5 < size["parity"]["example"]["effect"]
 
 
@@ -394,14 +396,14 @@ def test_a_model_goes_through_every_step(
 
 def entry_of(
     name: str,
-    passed: tuple[str, ...] = bench.STEPS,
+    passed: tuple[str, ...] = settings.STEPS,
     kind: str = "image",
     refused: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """An entry as a run leaves it; both sizes alike."""
     size: dict[str, Any] = {
-        "passed": {step: step in passed for step in bench.STEPS},
+        "passed": {step: step in passed for step in settings.STEPS},
         "failures": [], "seconds": {}, "candidates": 3, "units": ["a", "b"],
         "not_routed": {"c": "it mixes | tokens [0](1) by position 0.5"},
         "parity": {"example": {"error": 2e-7}, "other seed": {"error": 3e-7}},
@@ -417,7 +419,7 @@ def entry_of(
 
 def report_of(*entries: dict[str, Any]) -> str:
     report = {"date": "2025-01-01", "environment": {"torch": "1"}, "models": list(entries)}
-    return bench.markdown(json.loads(json.dumps(report)))
+    return table.markdown(json.loads(json.dumps(report)))
 
 
 def row(text: str, name: str) -> list[str]:
@@ -456,7 +458,7 @@ def test_a_step_counts_only_if_both_sizes_pass() -> None:
     assert cells[8] == "failed"
     assert cells[9].startswith("onnx: relative error 0.2; ")
     entry["sizes"] = entry["sizes"][:1]
-    assert not bench.holds(entry, "captured")
+    assert not table.holds(entry, "captured")
 
 
 def test_the_same_reason_of_sizes_and_steps_stands_once() -> None:
@@ -472,7 +474,7 @@ def test_percentages_are_of_the_classes_of_diffusers() -> None:
     entries = [entry_of("A"), entry_of("B", ("captured",), kind="video")]
     own = [entry_of("C", (), kind="handwritten"), entry_of("D", kind="handwritten")]
     text = report_of(*entries, *own, entry_of("E", kind="handwritten"))
-    summary = bench.summarise(entries)
+    summary = table.summarise(entries)
     assert summary["captured"] == {"models": 2, "percent": 100.0}
     assert summary["parity"] == {"models": 1, "percent": 50.0}
     assert summary["verdicts"] == {"failed": 1, "supported": 1}
@@ -487,11 +489,11 @@ def test_percentages_are_of_the_classes_of_diffusers() -> None:
 
 def test_a_refusal_must_have_the_words_of_the_zoo() -> None:
     refused = entry_of("A", ("captured",), refused="MIXES", units=[], refusal="no block")
-    assert bench.verdict(refused) == "refused"
-    assert bench.verdict({**refused, "refused": "no image"}) == "wrong"
-    assert bench.verdict(entry_of("A", refused="mixes")) == "wrong"  # it has units
+    assert table.verdict(refused) == "refused"
+    assert table.verdict({**refused, "refused": "no image"}) == "wrong"
+    assert table.verdict(entry_of("A", refused="mixes")) == "wrong"  # it has units
     del refused["sizes"][1]["refusal"]
-    assert bench.verdict(refused) == "wrong"  # something else stopped it
+    assert table.verdict(refused) == "wrong"  # something else stopped it
 
 
 def test_a_table_of_several_versions_of_the_code_says_so() -> None:
@@ -501,13 +503,13 @@ def test_a_table_of_several_versions_of_the_code_says_so() -> None:
 
 
 def test_engines_that_were_not_built_are_no_failure_and_no_success() -> None:
-    entry = {**entry_of("A", tuple(s for s in bench.STEPS if s != "rtx")), "rtx": False}
+    entry = {**entry_of("A", tuple(s for s in settings.STEPS if s != "rtx")), "rtx": False}
     text = report_of(entry)
     assert row(text, "A")[7:9] == ["not run", "supported"]
-    assert bench.TITLES["rtx"] not in text
+    assert table.TITLES["rtx"] not in text
 
 
 def test_the_environment_names_kinds_and_versions_only() -> None:
-    found = bench.environment(rtx=False)
-    assert set(found) == {"python", *bench.VERSIONS, "CPU", "cores"}
+    found = processes.environment(rtx=False)
+    assert set(found) == {"python", *processes.VERSIONS, "CPU", "cores"}
     assert not any("/" in value for value in found.values())

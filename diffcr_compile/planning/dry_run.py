@@ -4,7 +4,7 @@ The full way (``legality.find_blocks``) runs the model on real numbers several t
 block. Here
 
 1. the whole model runs once on *fake* tensors, which have shapes and no data; that gives the calls
-   of the blocks, their MACs and a trace of each block (``op_trace.py``);
+   of the blocks, their MACs and a trace of each block (``fake_run.py``, ``op_trace.py``);
 2. only what stands *outside* the blocks runs on real numbers, each block being the identity; that shows
    where the image tokens are and gives each block real inputs;
 3. the experiments of ``legality.py`` run in float64 on one block of each structure. A block whose trace
@@ -19,7 +19,7 @@ Weights on the meta device (no data) are given random values, one block at a tim
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,11 @@ from diffcr_compile.blocks import (
     Path,
     Refusal,
     TokenAxis,
-    get_leaf,
     leaves,
     map_leaves,
 )
-from diffcr_compile.candidates import block_candidates
 from diffcr_compile.capture import capture
-from diffcr_compile.cut import cut_arguments
-from diffcr_compile.errors import CaptureError, UsageError, one_line
+from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.legality import (
     Examiner,
     Findings,
@@ -46,7 +43,6 @@ from diffcr_compile.legality import (
     examine,
     find_blocks,
 )
-from diffcr_compile.macs import flop_counter
 from diffcr_compile.parts import PartFindings
 from diffcr_compile.planning.copies import (
     fake_copy,
@@ -55,14 +51,12 @@ from diffcr_compile.planning.copies import (
     to_fake,
     with_data,
 )
-from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
+from diffcr_compile.planning.fake_run import FakeRun, Tree, short
 from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
 from diffcr_compile.residual import Pairs
 from diffcr_compile.streams import Moved, image_stream
-
-Tree = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +112,7 @@ def dry_run(
         whole, twin = shared_copy(model), fake_copy(model, mode)
         with torch.no_grad():
             samples = two_samples(twin, *tree)
-        tried = _OnePerStructure(twin, mode, _FakeRun(whole, twin, samples, mode))
+        tried = _OnePerStructure(twin, mode, FakeRun(whole, twin, samples, mode))
         findings = find_blocks(whole, *samples, tried, granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return _on_real_numbers(model, tree, granularity, error)
@@ -153,90 +147,15 @@ def _on_real_numbers(
     """The full way, for a model that looks at the values of its tensors."""
     nothing = Findings((), (), ())
     if _has_no_data(model):
-        return DryRun(nothing, error=f"it does not run without data: {_short(reason)}")
+        return DryRun(nothing, error=f"it does not run without data: {short(reason)}")
     whole = shared_copy(model)
     try:
         findings = find_blocks(whole, *tree, granularity=granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-        return DryRun(nothing, error=f"it does not run on the example inputs: {_short(error)}")
-    note = f"the whole model ran on real numbers, because it does not run without: {_short(reason)}"
+        return DryRun(nothing, error=f"it does not run on the example inputs: {short(error)}")
+    note = f"the whole model ran on real numbers, because it does not run without: {short(reason)}"
     program, problem = _attempt(lambda: _capture(whole, tree, findings))
     return DryRun(findings, program=program, error=problem, note=note)
-
-
-class _FakeRun:
-    """One forward on fake tensors: the calls of the candidates, their traces and MACs."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        twin: nn.Module,
-        tree: Tree,
-        mode: FakeTensorMode,
-        names: Sequence[str] | None = None,
-    ) -> None:
-        self.mode = mode
-        self.batch = max(
-            (t for _, t in leaves(tree) if isinstance(t, Tensor)), key=_axes
-        ).shape[0]
-        names = [n for n, _ in block_candidates(twin)] if names is None else names
-        self.modules = {name: twin.get_submodule(name) for name in names}
-        self.contents = {n: buffer_contents(model.get_submodule(n)) for n in names}
-        self.calls: dict[str, list[Call]] = {}
-        self.digests: dict[str, str] = {}
-        self.macs: dict[str, float] = {}
-        self._halves: dict[Any, str] = {}
-        self.trace, self.counter = OpTrace(), flop_counter()
-        args, kwargs = map_leaves(tree, lambda _, leaf: to_fake(leaf, mode))
-        handles = [h for name in names for h in self._watch(name)]
-        try:
-            with torch.no_grad(), mode, self.counter, self.trace:
-                self.output = twin(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.total_macs = self.counter.get_total_flops() / 2 / self.batch
-
-    def _watch(self, name: str) -> Iterator[Any]:
-        flops = 0
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal flops
-            flops = self.counter.get_total_flops()
-            self.trace.start(module, (args, kwargs), self.contents[name])
-
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.digests[name] = self.trace.stop(output)
-            spent = (self.counter.get_total_flops() - flops) / 2 / self.batch
-            self.macs[name] = self.macs.get(name, 0.0) + spent
-            call = Call((tuple(args), dict(kwargs)), output)
-            self.calls.setdefault(name, []).append(call)
-
-        module = self.modules[name]
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-        yield module.register_forward_hook(after, with_kwargs=True)
-
-    def digest_of_half(self, name: str, axes: tuple[TokenAxis, ...], num_tokens: int) -> str:
-        """Trace of a block on half of its image tokens, or why it does not run on them."""
-        key = (name, axes, num_tokens)
-        if key not in self._halves:  # the tried block is compared with many
-            self._halves[key] = self._trace_half(name, axes, num_tokens)
-        return self._halves[key]
-
-    def _trace_half(self, name: str, axes: tuple[TokenAxis, ...], num_tokens: int) -> str:
-        tree, trace = self.calls[name][0].tree, OpTrace()
-        stream = get_leaf(tree, axes[0].path)
-        shape = (stream.shape[0], max(1, num_tokens // 2))  # samples may be folded with frames
-        try:
-            with torch.no_grad(), self.mode:
-                index = torch.zeros(shape, dtype=torch.int64, device=stream.device)
-                args, kwargs = cut_arguments(tree, axes, index, num_tokens)
-                trace.start(self.modules[name], (args, kwargs), self.contents[name])
-                with trace:
-                    output = self.modules[name](*args, **kwargs)
-                return trace.stop(output)
-        except Exception as error:  # noqa: BLE001 - the user's block may raise anything
-            return _short(error)
 
 
 class _OnePerStructure(Examiner):
@@ -249,7 +168,7 @@ class _OnePerStructure(Examiner):
         same_as: candidate -> the one of its structure that was tried.
     """
 
-    def __init__(self, twin: nn.Module, mode: FakeTensorMode, first: _FakeRun) -> None:
+    def __init__(self, twin: nn.Module, mode: FakeTensorMode, first: FakeRun) -> None:
         self.twin, self.mode, self.first = twin, mode, first
         self.seen = first
         self.calls: dict[str, Call] = {}
@@ -266,7 +185,7 @@ class _OnePerStructure(Examiner):
         candidates: Mapping[str, nn.Module],
     ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         if set(candidates) != set(self.first.modules):  # candidates inside of candidates
-            self.seen = _FakeRun(
+            self.seen = FakeRun(
                 model, self.twin, (args, dict(kwargs)), self.mode, list(candidates)
             )
             self._tried.clear()
@@ -348,7 +267,7 @@ class _OnePerStructure(Examiner):
         """Calls and costs of the parts."""
         names = [spec.name for block in found.values() for spec in block.parts]
         if names:
-            seen = _FakeRun(model, self.twin, (args, dict(kwargs)), self.mode, names)
+            seen = FakeRun(model, self.twin, (args, dict(kwargs)), self.mode, names)
             for name, calls in seen.calls.items():
                 self.calls[name], self.macs[name] = calls[0], seen.macs[name]
 
@@ -410,7 +329,7 @@ def _attempt(make: Callable[[], Program]) -> tuple[Program | None, str | None]:
     except (CaptureError, UsageError) as error:
         return None, str(error)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-        return None, _short(error)
+        return None, short(error)
 
 
 def _capture(model: nn.Module, tree: Tree, findings: Findings) -> Program:
@@ -425,7 +344,7 @@ def _check_traceable(name: str, block: nn.Module, call: Call) -> None:
             torch.export.export(block, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot trace the block {name}: {_short(error)}"
+            f"torch.export cannot trace the block {name}: {short(error)}"
         ) from error
 
 
@@ -433,13 +352,5 @@ def _has_no_data(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def _axes(tensor: Tensor) -> int:
-    return tensor.ndim
-
-
 def _bytes(output: Any) -> int:
     return sum(t.numel() * t.element_size() for t in output_tensors(output))
-
-
-def _short(error: BaseException) -> str:
-    return one_line(error, limit=300)

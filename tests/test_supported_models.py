@@ -363,7 +363,7 @@ def test_a_file_missing_from_the_zoo_is_an_error_unless_told_otherwise(
 def test_a_refused_model_goes_through_the_steps_it_can(tmp_path: Path) -> None:
     model = types.SimpleNamespace(
         name="conv", kind="handwritten", refused="mixes tokens",
-        build=lambda size: models.convolution_1d(),
+        build=lambda size: models.convolution_throughout(),
     )  # fmt: skip
     entry = one_model.run_model(model, tmp_path / "conv.json", skip_rtx=True)
     assert table.verdict(entry) == "refused"

@@ -105,7 +105,7 @@ class _Builder:
                 self.values[node.name] = self._call(entry)[position]
             else:
                 self.values[node.name] = self._copy(node, self.exported.graph_module)
-        self.graph.eliminate_dead_code(lambda node: keeps(node))
+        self.graph.eliminate_dead_code(keeps)
         self.graph.lint()
         return self.graph
 

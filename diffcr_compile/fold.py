@@ -57,7 +57,7 @@ def fold_constants(graph: fx.Graph, root: MutableMapping[str, Any]) -> int:
         else:
             continue
         made += 1
-    graph.eliminate_dead_code(lambda node: keeps(node))
+    graph.eliminate_dead_code(keeps)
     return made
 
 

@@ -160,6 +160,6 @@ def _rebuilt(
                 lookup(node.kwargs),
                 name=node.name,
             )
-    graph.eliminate_dead_code(lambda node: keeps(node))
+    graph.eliminate_dead_code(keeps)
     graph.lint()
     return graph, root

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from diffcr_compile.errors import CaptureError
+from diffcr_compile.program import identifier
 
 aten = torch.ops.aten
 # Checks of the exporter that hold by construction; they would pin dtypes and devices.
@@ -148,7 +149,7 @@ class _Builder:
                 entry.fqn,
                 tuple(args),
                 dict(kwargs),
-                name=entry.fqn.replace(".", "_"),
+                name=identifier(entry.fqn),
             )
             self._calls[entry.fqn] = _leaves(node, entry.signature.out_spec, self.graph)
         return self._calls[entry.fqn]

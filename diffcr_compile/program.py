@@ -160,16 +160,17 @@ def batch_size(example: Mapping[str, Tensor]) -> int:
     return max(example.values(), key=lambda t: t.ndim).shape[0]
 
 
-def _identifier(block: str) -> str:
+def identifier(block: str) -> str:
+    """A block's name as the name of a node or of an attribute."""
     return block.replace(".", "_").replace("-", "_")
 
 
 def selector_name(block: str) -> str:
-    return f"{_identifier(block)}_select"
+    return f"{identifier(block)}_select"
 
 
 def router_name(block: str) -> str:
-    return f"{_identifier(block)}_router"
+    return f"{identifier(block)}_router"
 
 
 def _attribute(owner: nn.Module, target: str, extra: Mapping[str, nn.Module]) -> Any:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import keeps
 from diffcr_compile.blocks import Path, get_leaf, map_leaves
+from diffcr_compile.program import identifier
 
 # What autograd switches leave behind, and aliases that only say "a fresh tensor".
 _PASS_THROUGH = {
@@ -146,7 +147,7 @@ def _rebuilt(
                 name,
                 tuple(lookup(args)),
                 dict(lookup(kwargs)),
-                name=name.replace(".", "_"),
+                name=identifier(name),
             )
         elif node.target in _PASS_THROUGH:
             values[node] = lookup(node.args[0])

@@ -8,7 +8,8 @@
   the graph trains what the user sees;
 * what depends on constants only is computed once (``fold.py``).
 
-Where ``torch.export`` fails, the model is run once on real tensors and recorded (``trace.py``). Either way the graph is compared with the model before it is used, on the example and on
+Where ``torch.export`` fails, the model is run once on real tensors and recorded (``trace.py``). Either
+way the graph is compared with the model before it is used (``check_capture.py``), on the example and on
 inputs that the capture has not seen.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +25,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import Input, graph_with_block_calls
-from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
-from diffcr_compile.errors import CaptureError
+from diffcr_compile.blocks import BlockSpec, Path, Refusal, get_leaf, map_leaves
+from diffcr_compile.check_capture import check_capture
+from diffcr_compile.errors import CaptureError, first_lines
 from diffcr_compile.fold import fold_constants
-from diffcr_compile.program import DiTGraph, Program, Stage, batch_size
-from diffcr_compile.signature import CallCodeGen, CallSignature, bind_call, split_leaves
+from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
+from diffcr_compile.signature import (
+    CallCodeGen,
+    CallSignature,
+    bind_call,
+    keyword_call,
+    split_leaves,
+)
 from diffcr_compile.trace import trace_graph
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
-# Captured graphs are equal to their model bit for bit, nearly always; a few fold a constant in another
-# order (1e-7). A number that was baked in moves the output by 1e-2 and more.
-MAX_CAPTURE_ERROR = 1e-4
 # What models call the input that says how noisy the sample is.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
@@ -100,10 +103,18 @@ class _Call:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.parameters, self.bound = bind_call(model, args, kwargs)
+        for parameter in self.parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL and self.bound.get(parameter.name):
+                raise CaptureError(
+                    f"{type(model).__name__}.forward takes *{parameter.name}; pass its inputs by "
+                    "keyword instead"
+                )
         tensors, constants = split_leaves(self.bound)
         self.paths = {_placeholder(path): path for path in tensors}
         self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
-        self.example = {name: _leaf(self.bound, path) for name, path in self.paths.items()}
+        self.example = {
+            name: get_leaf(self.bound, path).detach() for name, path in self.paths.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +132,7 @@ def _exported(
     model: nn.Module, call: _Call, names: Sequence[str], *, free_batch: bool
 ) -> _Captured:
     """By torch.export."""
-    expanded = _expand_variadic(model, call.bound)
+    expanded = keyword_call(call.parameters, call.bound)
     batch = batch_size(call.example) if free_batch else None
     exported = _export(model, expanded, names, batch)
     every = pytree.tree_leaves(expanded)
@@ -134,7 +145,7 @@ def _exported(
     except CaptureError:
         raise
     except Exception as error:  # the exporter's account of a block's outputs may be wrong
-        raise CaptureError(f"the blocks cannot be cut out: {_first_lines(error)}") from error
+        raise CaptureError(f"the blocks cannot be cut out: {first_lines(error)}") from error
     return _Captured(graph, root, exported.call_spec.out_spec, free_batch)
 
 
@@ -148,15 +159,10 @@ def _recorded(model: nn.Module, call: _Call, names: Sequence[str]) -> _Captured:
                 f"{'.'.join(map(str, path))} is a {type(value).__name__}; a graph takes tensors, "
                 "numbers, strings, and tuples, lists and dicts of them"
             )
-    expanded = _expand_variadic(model, call.bound)
-    variadic = {p.name for p in call.parameters if p.kind is p.VAR_KEYWORD}
-    paths = {
-        name: path[1:] if path[0] in variadic else path for name, path in call.paths.items()
-    }
     try:
-        graph, root, out_spec = trace_graph(model, expanded, paths, names)
+        graph, root, out_spec = trace_graph(model, call.bound, call.paths, names)
     except Exception as error:
-        raise CaptureError(_first_lines(error)) from error
+        raise CaptureError(first_lines(error)) from error
     line = "capture: recorded on real tensors, because torch.export cannot trace the model"
     return _Captured(graph, root, out_spec, dynamic_batch=False, history=(line,))
 
@@ -195,106 +201,6 @@ def _program(
     ).attached()
 
 
-@torch.no_grad()
-def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) -> None:
-    """Compare the graph with the model, on the example and on inputs that the capture has not seen.
-
-    A number that was baked into the graph shows on the unseen ones. They are legal for any model:
-    the example's samples in another order, other noise, other timesteps.
-
-    Raises:
-        CaptureError: the outputs differ by more than rounding.
-    """
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in program.example.values()):
-        return  # nothing to compare: a dry run
-    trials = {"the example": dict(bound), "unseen inputs": _unseen(program, bound)}
-    if program.dynamic_batch:  # a model may fix it without a word, and the exporter too
-        trials["one more sample"] = _one_more(program, bound)
-    for what, inputs in trials.items():
-        try:
-            expected = _tensors(_call_model(model, program, inputs))
-        except Exception as error:
-            raise CaptureError(
-                f"the model itself does not run on {what}: {_first_lines(error)}"
-            ) from error
-        try:
-            found = _tensors(_call_model(program.module, program, inputs))
-        except Exception as error:
-            raise CaptureError(
-                f"on {what} the captured graph does not run: {_first_lines(error)}"
-            ) from error
-        for one, two in zip(found, expected, strict=True):
-            if one.shape != two.shape:
-                raise CaptureError(
-                    f"on {what} the graph returns {tuple(one.shape)}, the model {tuple(two.shape)}"
-                )
-            away = _relative_error(one, two)
-            if not away <= MAX_CAPTURE_ERROR:
-                raise CaptureError(
-                    f"on {what} the captured graph differs from the model by {away:.1e} (relative; "
-                    f"allowed {MAX_CAPTURE_ERROR:.0e}): a number that forward reads from its inputs "
-                    "was baked into the graph"
-                )
-
-
-def _call_model(model: nn.Module, program: Program, bound: Mapping[str, Any]) -> Any:
-    call = dict(bound)
-    args: list[Any] = []
-    for parameter in program.signature.parameters:
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in call:
-            args.append(call.pop(parameter.name))
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            call.update(call.pop(parameter.name, {}))
-    return model(*args, **call)
-
-
-def _unseen(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with its samples rolled by one, other noise and other timesteps."""
-    generator = torch.Generator().manual_seed(7)
-    names = {path: name for name, path in program.signature.inputs.items()}
-    batch = program.batch
-
-    def change(path: Path, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        name = names[path]
-        if leaf.ndim > 0 and leaf.shape[0] == batch:
-            leaf = leaf.roll(1, 0)
-        if name == program.sample_input and leaf.is_floating_point():
-            return leaf + torch.randn(leaf.shape, generator=generator).to(leaf)
-        if name == program.timestep_input:
-            return leaf // 2 if not leaf.is_floating_point() else leaf * 0.5
-        return leaf
-
-    changed: dict[str, Any] = map_leaves(dict(bound), change)
-    return changed
-
-
-def _one_more(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with its first sample once more at the end."""
-    batch = program.batch
-
-    def longer(_: Path, leaf: Any) -> Any:
-        is_batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return torch.cat([leaf, leaf[:1]]) if is_batched else leaf
-
-    changed: dict[str, Any] = map_leaves(dict(bound), longer)
-    return changed
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    if torch.equal(found, expected):
-        return 0.0
-    if not found.is_floating_point():
-        return float("inf")
-    scale = expected.abs().max().clamp_min(1e-30)
-    return float(((found - expected).abs().max() / scale).item())
-
-
 def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
     """Placeholder of the sample: positional arguments are known by their parameter's name."""
     if not sample:
@@ -310,13 +216,14 @@ def _export(
     shapes = None
     if free_batch is not None:
         # torch.export specialises sizes 0 and 1, so one sample is captured as two equal ones.
-        call = _at_least_two(call, free_batch)
+        if free_batch == 1:
+            call = map_batched(dict(call), 1, lambda tensor: torch.cat([tensor, tensor]))
         size = max(free_batch, 2)
         shapes = pytree.tree_map(lambda leaf: _batch_axis(leaf, size), call)
     try:
         return _quiet_export(model, call, names, shapes)
     except Exception as error:  # torch.export raises dozens of types
-        raise CaptureError(_first_lines(error)) from error
+        raise CaptureError(first_lines(error)) from error
 
 
 def _quiet_export(
@@ -335,39 +242,11 @@ def _quiet_export(
         return torch.export.export(
             model,
             (),
-            dict(call),
+            call,
             strict=False,
             preserve_module_call_signature=tuple(names),
             dynamic_shapes=shapes,
         )
-
-
-def _expand_variadic(model: nn.Module, bound: Mapping[str, Any]) -> dict[str, Any]:
-    """Bound arguments as plain keyword arguments; ``**kwargs`` are merged in."""
-    kinds = {n: p.kind for n, p in inspect.signature(model.forward).parameters.items()}
-    call: dict[str, Any] = {}
-    for name, value in bound.items():
-        if kinds[name] is inspect.Parameter.VAR_POSITIONAL and value:
-            raise CaptureError(
-                f"{type(model).__name__}.forward takes *{name}; pass its inputs by keyword instead"
-            )
-        if kinds[name] is inspect.Parameter.VAR_KEYWORD:
-            call.update(value)
-        else:
-            call[name] = value
-    return call
-
-
-def _at_least_two(call: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    if batch != 1:
-        return dict(call)
-
-    def double(_: Any, leaf: Any) -> Any:
-        is_batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
-        return torch.cat([leaf, leaf]) if is_batched else leaf
-
-    doubled: dict[str, Any] = map_leaves(dict(call), double)
-    return doubled
 
 
 def _batch_axis(leaf: Any, batch: int) -> Any:
@@ -388,16 +267,3 @@ def _default_constants(
 
 def _placeholder(path: tuple[Any, ...]) -> str:
     return "_".join(str(key) for key in path)
-
-
-def _leaf(bound: Mapping[str, Any], path: tuple[Any, ...]) -> Tensor:
-    tree: Any = bound
-    for key in path:
-        tree = tree[key]
-    tensor: Tensor = tree
-    return tensor.detach()
-
-
-def _first_lines(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"

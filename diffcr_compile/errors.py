@@ -22,6 +22,12 @@ from typing import ClassVar
 INTERRUPTED = 130
 
 
+def first_lines(error: BaseException) -> str:
+    """Type and beginning of a foreign error, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
+
+
 class DiffCRError(Exception):
     """Base class, so that callers can write ``except DiffCRError``."""
 

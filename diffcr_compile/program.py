@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from diffcr_compile.blocks import BlockSpec, Refusal
+from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import UsageError
 from diffcr_compile.routing import Gate
 from diffcr_compile.schedule import TokenSchedule
-from diffcr_compile.signature import CallSignature, same_constant
+from diffcr_compile.signature import CallSignature, keyword_call, same_constant
 
 
 class Stage(enum.IntEnum):
@@ -148,16 +148,23 @@ def with_batch(program: Program, batch: int | None) -> Program:
             f"example inputs with batch {batch} instead"
         )
     rows = torch.arange(batch) % program.batch
-    example = {
-        name: t[rows] if t.ndim > 0 and t.shape[0] == program.batch else t
-        for name, t in program.example.items()
-    }
+    example = map_batched(dict(program.example), program.batch, lambda tensor: tensor[rows])
     return dataclasses.replace(program, example=example).attached()
 
 
 def batch_size(example: Mapping[str, Tensor]) -> int:
     """Size of axis 0 of the input with the most axes, which is the sample."""
     return max(example.values(), key=lambda t: t.ndim).shape[0]
+
+
+def map_batched(tree: Any, batch: int, edit: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested tuples, lists and dicts with ``edit(tensor)`` for each (batch, ...) tensor."""
+
+    def change(_: Path, leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
+        return edit(leaf) if is_batched else leaf
+
+    return map_leaves(tree, change)
 
 
 def identifier(block: str) -> str:
@@ -204,7 +211,11 @@ def tensor_args(program: Program, tensors: Mapping[str, Tensor]) -> tuple[Tensor
 
 def run_flat(program: Program, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Run the graph on tensors by placeholder name; the output's tensors, flat."""
-    outputs = program.module(**rebuild_call(program.signature, tensors))
+    return flat_tensors(program.module(**rebuild_call(program.signature, tensors)))
+
+
+def flat_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's or a graph's outputs, in the order of the graph's outputs."""
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
@@ -215,10 +226,7 @@ def rebuild_call(signature: CallSignature, tensors: Mapping[str, Tensor]) -> dic
     for path, value in [*every, *signature.constants]:
         _put(call, path, value)
     built = {name: _as_sequences(value) for name, value in call.items()}
-    for parameter in signature.parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            built.update(built.pop(parameter.name, {}))
-    return built
+    return keyword_call(signature.parameters, built)
 
 
 def _put(tree: dict[Any, Any], path: tuple[int | str, ...], value: Any) -> None:

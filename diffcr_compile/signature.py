@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,26 @@ def bind_call(
             "Pass them as a dict of keyword arguments or a tuple of positional ones."
         ) from error
     return tuple(signature.parameters.values()), dict(bound.arguments)
+
+
+def keyword_call(
+    parameters: Sequence[inspect.Parameter], bound: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by parameter name as keyword arguments: ``**kwargs`` are merged in."""
+    call = dict(bound)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call.update(call.pop(parameter.name, {}))
+    return call
+
+
+def call_arguments(
+    parameters: Sequence[inspect.Parameter], bound: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call from arguments by parameter name."""
+    call = keyword_call(parameters, bound)
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in call]
+    return tuple(call.pop(name) for name in first), call
 
 
 def split_leaves(bound: Mapping[str, Any]) -> tuple[list[Path], list[tuple[Path, Any]]]:

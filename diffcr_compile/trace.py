@@ -10,6 +10,7 @@ compares the graph with the model on other inputs before it is used.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.utils import _pytree as pytree
 from diffcr_compile.block_calls import keeps
 from diffcr_compile.blocks import Path, get_leaf, map_leaves
 from diffcr_compile.program import identifier
+from diffcr_compile.signature import call_arguments
 
 # What autograd switches leave behind, and aliases that only say "a fresh tensor".
 _PASS_THROUGH = {
@@ -55,11 +57,13 @@ def trace_graph(
         of the output.
     """
     found: dict[str, pytree.TreeSpec] = {}
+    parameters = list(inspect.signature(model.forward).parameters.values())
 
     def flat(*values: Tensor) -> list[Tensor]:
         given = dict(zip(tensors.values(), values, strict=True))
         inputs = map_leaves(dict(call), lambda path, leaf: given.get(path, leaf))
-        leaves, found["spec"] = pytree.tree_flatten(model(**inputs))
+        args, kwargs = call_arguments(parameters, inputs)
+        leaves, found["spec"] = pytree.tree_flatten(model(*args, **kwargs))
         return leaves
 
     values = [get_leaf(call, path) for path in tensors.values()]

@@ -19,6 +19,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from diffcr_compile.aliases import is_write
 from diffcr_compile.errors import CaptureError
 from diffcr_compile.program import identifier
 
@@ -36,7 +37,7 @@ def keeps(node: fx.Node) -> bool:
     """Whether dead code elimination must keep a node: inputs, the output, and writes in place."""
     if node.op in {"placeholder", "output"}:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_write(node)
 
 
 def graph_with_block_calls(

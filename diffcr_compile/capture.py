@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import io
 import warnings
@@ -25,14 +26,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, get_leaf, map_leaves
 from diffcr_compile.check_capture import check_capture
-from diffcr_compile.errors import CaptureError, first_lines
+from diffcr_compile.errors import (
+    CaptureError,
+    UnsupportedModelError,
+    VerificationError,
+    first_lines,
+)
 from diffcr_compile.fold import fold_constants
+from diffcr_compile.outputs import OutputForm, OutputForms
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
 from diffcr_compile.signature import (
     CallCodeGen,
@@ -41,9 +49,24 @@ from diffcr_compile.signature import (
     keyword_call,
     split_leaves,
 )
+from diffcr_compile.static_picks import make_picks_static
 from diffcr_compile.trace import trace_graph
+from diffcr_compile.value_reads import AliasesOfData
 
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 # What models call the input that says how noisy the sample is.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
@@ -70,16 +93,21 @@ def capture(
     Raises:
         CaptureError: neither torch.export nor recording gives a graph that computes what the model does.
     """
-    call = _Call(model, args, kwargs)
+    call = _Call(model, args, kwargs, sample)
     names = [spec.name for spec in blocks]
     failures = []
     for what, way in _WAYS.items():
         try:
-            found = way(model, call, names)
-            program = _program(found, call, blocks, refused, sample)
+            forms = OutputForms()
+            with forms.flat(model):
+                found = way(model, call, names)
+            program = _program(found, forms.found, call, blocks, refused)
             check_capture(program, model, call.bound)
-        except CaptureError as error:
+        except (UnsupportedModelError, VerificationError) as error:
             failures.append(f"{what}: {error}")
+            continue
+        except Exception as error:  # noqa: BLE001 - torch's tracers raise dozens of types
+            failures.append(f"{what}: {first_lines(error)}")
             continue
         return program
     raise CaptureError(
@@ -97,10 +125,12 @@ class _Call:
         bound: the given arguments by parameter name.
         paths: placeholder name -> path into `bound`, tensors only.
         constants: (path, value) of everything else.
+        sample: placeholder of the noisy sample, if it is known.
+        timestep: placeholder of the timestep, if it is known.
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Path
     ) -> None:
         self.parameters, self.bound = bind_call(model, args, kwargs)
         for parameter in self.parameters:
@@ -110,11 +140,34 @@ class _Call:
                     "keyword instead"
                 )
         tensors, constants = split_leaves(self.bound)
+        for path, value in constants:
+            if not isinstance(value, _PLAIN):  # tensors inside it would become constants
+                raise CaptureError(
+                    f"{type(model).__name__}.forward is given {'.'.join(map(str, path))}, which is a "
+                    f"{type(value).__name__}; a graph takes tensors, numbers, strings, and tuples, lists "
+                    "and dicts of them. Wrap the model in a module whose forward takes the tensors and "
+                    f"makes the {type(value).__name__} of them, or leave it out where it is optional."
+                )
         self.paths = {_placeholder(path): path for path in tensors}
         self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
         self.example = {
             name: get_leaf(self.bound, path).detach() for name, path in self.paths.items()
         }
+        self.sample = _sample_name(sample, list(self.bound))
+        self.timestep = next((n for n in self.example if n in TIMESTEP_NAMES), None)
+
+    def fixable(self) -> list[str]:
+        """Inputs that may be fixed to the example's values: masks, lengths, numbers of things.
+
+        The noisy sample and the timestep change at every call, and other fractions are embeddings.
+        """
+        if self.sample is None:
+            return []
+        return [
+            name
+            for name, tensor in self.example.items()
+            if name not in {self.sample, self.timestep} and _is_whole(tensor)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +179,7 @@ class _Captured:
     out_spec: pytree.TreeSpec
     dynamic_batch: bool
     history: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
 
 def _exported(
@@ -151,20 +205,25 @@ def _exported(
 
 def _recorded(model: nn.Module, call: _Call, names: Sequence[str]) -> _Captured:
     """By running the model."""
-    for path, value in call.constants:
-        if not isinstance(
-            value, _PLAIN
-        ):  # tensors inside it would become constants of the graph
-            raise CaptureError(
-                f"{'.'.join(map(str, path))} is a {type(value).__name__}; a graph takes tensors, "
-                "numbers, strings, and tuples, lists and dicts of them"
-            )
     try:
-        graph, root, out_spec = trace_graph(model, call.bound, call.paths, names)
-    except Exception as error:
+        found = trace_graph(model, call.bound, call.paths, names, call.fixable())
+    except CaptureError:
+        raise
+    except Exception as error:  # the model may raise anything
         raise CaptureError(first_lines(error)) from error
     line = "capture: recorded on real tensors, because torch.export cannot trace the model"
-    return _Captured(graph, root, out_spec, dynamic_batch=False, history=(line,))
+    if found.fixed:
+        line += (
+            f"; forward reads the values of {', '.join(found.fixed)}: fixed to the example's"
+        )
+    return _Captured(
+        found.graph,
+        found.root,
+        found.out_spec,
+        dynamic_batch=False,
+        history=(line,),
+        fixed=found.fixed,
+    )
 
 
 _Way = Callable[[nn.Module, _Call, Sequence[str]], _Captured]
@@ -177,28 +236,42 @@ _WAYS: dict[str, _Way] = {
 
 def _program(
     found: _Captured,
+    form: OutputForm | None,
     call: _Call,
     blocks: Sequence[BlockSpec],
     refused: Sequence[Refusal],
-    sample: Path,
 ) -> Program:
-    signature = CallSignature(call.parameters, call.paths, call.constants, found.out_spec)
+    fixed = tuple((call.paths[name], call.example[name].clone()) for name in found.fixed)
+    paths = {name: path for name, path in call.paths.items() if name not in found.fixed}
+    signature = CallSignature(
+        call.parameters, paths, (*fixed, *call.constants), found.out_spec, form
+    )
     root = dict(found.root)
-    fold_constants(found.graph, root)
-    found.graph.set_codegen(CallCodeGen(signature))
-    module = DiTGraph(root, found.graph, class_name="DiTGraph").eval()
+    try:
+        fold_constants(found.graph, root)
+        make_picks_static(found.graph, root)
+        found.graph.set_codegen(CallCodeGen(signature))
+        module = DiTGraph(root, found.graph, class_name="DiTGraph").eval()
+    except Exception as error:  # the exporter puts objects of its own into some graphs
+        raise CaptureError(f"the graph cannot be compiled: {first_lines(error)}") from error
     return Program(
         module=module,
         stage=Stage.CAPTURED,
         signature=signature,
-        example=call.example,
+        example={name: call.example[name] for name in paths},
         blocks=tuple(blocks),
         refused=tuple(refused),
-        sample_input=_sample_name(sample, list(call.bound)),
-        timestep_input=next((n for n in call.example if n in TIMESTEP_NAMES), None),
+        sample_input=call.sample,
+        timestep_input=call.timestep,
         dynamic_batch=found.dynamic_batch,
         history=found.history,
     ).attached()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.is_complex():
+        return False
+    return not tensor.is_floating_point() or torch.equal(tensor, tensor.round())
 
 
 def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
@@ -237,6 +310,7 @@ def _quiet_export(
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         torch.no_grad(),
+        AliasesOfData(),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(

@@ -13,6 +13,7 @@ from diffcr_compile.blocks import Path, map_leaves
 from diffcr_compile.errors import CaptureError, first_lines
 from diffcr_compile.program import Program, flat_tensors, map_batched
 from diffcr_compile.signature import call_arguments
+from diffcr_compile.verify import infer_shapes
 
 # Captured graphs are equal to their model bit for bit, nearly always; a few fold a constant in another
 # order (1e-7). A number that was baked in moves the output by 1e-2 and more.
@@ -28,9 +29,11 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
 
     Raises:
         CaptureError: the outputs differ by more than rounding.
+        UnsupportedModelError: sizes in the graph depend on the values of its inputs.
     """
     if any(t.is_meta or isinstance(t, FakeTensor) for t in program.example.values()):
         return  # nothing to compare: a dry run
+    infer_shapes(program)
     trials = {"the example": dict(bound), "unseen inputs": _unseen(program, bound)}
     if program.dynamic_batch:  # a model may fix it without a word, and the exporter too
         trials["one more sample"] = _one_more(program, bound)
@@ -47,6 +50,10 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
             raise CaptureError(
                 f"on {what} the captured graph does not run: {first_lines(error)}"
             ) from error
+        if len(found) != len(expected):
+            raise CaptureError(
+                f"on {what} the graph returns {len(found)} tensors, the model {len(expected)}"
+            )
         for one, two in zip(found, expected, strict=True):
             if one.shape != two.shape:
                 raise CaptureError(
@@ -67,7 +74,11 @@ def _call(module: nn.Module, program: Program, bound: Mapping[str, Any]) -> list
 
 
 def _unseen(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with its samples rolled by one, other noise and other timesteps."""
+    """The example with its samples rolled by one, other noise and other timesteps.
+
+    Fixed inputs stay as they are. Where their rows differ, the samples stay in their order: row and
+    mask belong together.
+    """
     generator = torch.Generator().manual_seed(7)
     names = {path: name for name, path in program.signature.inputs.items()}
 
@@ -81,8 +92,10 @@ def _unseen(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
             return leaf // 2 if not leaf.is_floating_point() else leaf * 0.5
         return leaf
 
-    rolled = map_batched(dict(bound), program.batch, lambda tensor: tensor.roll(1, 0))
-    changed: dict[str, Any] = map_leaves(rolled, change)
+    fixed = [leaf for leaf in program.fixed_inputs.values() if leaf.ndim > 0]
+    if all(torch.equal(leaf.roll(1, 0), leaf) for leaf in fixed):
+        bound = map_batched(dict(bound), program.batch, lambda tensor: tensor.roll(1, 0))
+    changed: dict[str, Any] = map_leaves(dict(bound), change)
     return changed
 
 

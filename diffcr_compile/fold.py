@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+from diffcr_compile.aliases import written_in_place
 from diffcr_compile.block_calls import keeps
 
 
@@ -30,7 +31,7 @@ def fold_constants(graph: fx.Graph, root: MutableMapping[str, Any]) -> int:
         How many constants were made.
     """
     values: dict[fx.Node, Any] = {}
-    written = _written_in_place(graph)
+    written = written_in_place(graph)  # every call must begin afresh with them
     for node in graph.nodes:
         if node in written:
             continue
@@ -78,17 +79,3 @@ def _may_fold(node: fx.Node, values: MutableMapping[fx.Node, Any]) -> bool:
     if torch.Tag.nondeterministic_seeded in tags:
         return False
     return all(source in values for source in node.all_input_nodes)
-
-
-def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose memory some node of the graph may write to: every call must begin afresh with them."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_function" and keeps(node):
-            pending = [node]
-            while pending:
-                current = pending.pop()
-                if current not in found:
-                    found.add(current)
-                    pending += current.all_input_nodes
-    return found

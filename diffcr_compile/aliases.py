@@ -42,6 +42,22 @@ def written_memory(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def written_families(graph: fx.Graph) -> list[set[fx.Node]]:
+    """Sets of nodes that may share memory with each other, those with a writing node among them."""
+    family: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        mine = {node}
+        shared = [] if node.op == "output" else shared_inputs(node)
+        for other in [family[source] for source in shared]:
+            if other is not mine:
+                mine |= other
+                for member in other:
+                    family[member] = mine
+        family[node] = mine
+    found = {id(members): members for members in family.values()}
+    return [members for members in found.values() if any(map(is_write, members))]
+
+
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that share memory which some node of the graph writes to, and the writing nodes."""
     found: set[fx.Node] = set()

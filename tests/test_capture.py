@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffcr_compile.aliases import is_write
 from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.legality import find_blocks
@@ -337,6 +338,17 @@ class InPlaceDiT(models.OwnDiT):
         return super().forward(x * mask, t)
 
 
+class ReadBetweenDiT(models.OwnDiT):
+    """Reads a table before and after it is filled, and another into which an input is written."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        table, rows = torch.zeros(1, 2, 6, 6), torch.zeros(2, 2)
+        before = x + table
+        table[:, :, 2:] = 1
+        rows[:, 0] = t
+        return super().forward(before * table + rows[:, :, None, None], t)
+
+
 class AutocastOffDiT(models.OwnDiT):
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -368,7 +380,7 @@ class SameNamesDiT(models.OwnDiT):
         return self.image(tokens) + x.shape[0] * 0.0
 
 
-@pytest.mark.parametrize("kind", [InPlaceDiT, AutocastOffDiT, SameNamesDiT])
+@pytest.mark.parametrize("kind", [InPlaceDiT, ReadBetweenDiT, AutocastOffDiT, SameNamesDiT])
 def test_awkward_forwards_are_captured_exactly(kind: type[models.OwnDiT]) -> None:
     model, inputs = kind().eval(), models.inputs_for()
     program = _captured((model, inputs))
@@ -377,6 +389,13 @@ def test_awkward_forwards_are_captured_exactly(kind: type[models.OwnDiT]) -> Non
     with torch.no_grad():
         for call in (inputs, other, inputs):
             assert torch.equal(program.module(**call), model(**call))
+
+
+def test_a_table_that_is_filled_in_place_is_a_constant() -> None:
+    program = _captured((InPlaceDiT().eval(), models.inputs_for()))
+    assert not [node for node in program.graph.nodes if is_write(node)]
+    program = _captured((ReadBetweenDiT().eval(), models.inputs_for()))
+    assert [node for node in program.graph.nodes if is_write(node)]
 
 
 def test_autocast_inside_the_model_is_refused() -> None:

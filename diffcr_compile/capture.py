@@ -90,6 +90,9 @@ def capture(
         refused: passed on into the program.
         sample: path of the noisy sample in (args, kwargs), from ``legality.find_blocks``.
 
+    Inputs from which the model's forward reads numbers are fixed to their values in the example where
+    that can be, see ``Program.fixed_inputs``.
+
     Raises:
         CaptureError: neither torch.export nor recording gives a graph that computes what the model does.
     """
@@ -211,7 +214,7 @@ def _recorded(model: nn.Module, call: _Call, names: Sequence[str]) -> _Captured:
         raise
     except Exception as error:  # the model may raise anything
         raise CaptureError(first_lines(error)) from error
-    line = "capture: recorded on real tensors, because torch.export cannot trace the model"
+    line = "capture: recorded on real tensors, because torch.export gives no static graph"
     if found.fixed:
         line += (
             f"; forward reads the values of {', '.join(found.fixed)}: fixed to the example's"

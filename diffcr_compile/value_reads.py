@@ -93,9 +93,8 @@ def value_reads(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
             sources[node] = set()
             continue
         sources[node] = set().union(*(sources[n] for n in node.all_input_nodes))
-        for base in written_memory(
-            node
-        ):  # later readers of that memory depend on what was written
+        # later readers of that memory depend on what was written
+        for base in written_memory(node):
             sources[base] = sources[base] | sources[node]
         if node.op == "call_function" and _reads_values(node):
             deciding = _deciding(node)

@@ -19,7 +19,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from diffcr_compile.aliases import is_write
 from diffcr_compile.errors import CaptureError
+from diffcr_compile.program import identifier
 
 aten = torch.ops.aten
 # Checks of the exporter that hold by construction; they would pin dtypes and devices.
@@ -35,7 +37,7 @@ def keeps(node: fx.Node) -> bool:
     """Whether dead code elimination must keep a node: inputs, the output, and writes in place."""
     if node.op in {"placeholder", "output"}:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_write(node)
 
 
 def graph_with_block_calls(
@@ -105,7 +107,7 @@ class _Builder:
                 self.values[node.name] = self._call(entry)[position]
             else:
                 self.values[node.name] = self._copy(node, self.exported.graph_module)
-        self.graph.eliminate_dead_code(lambda node: keeps(node))
+        self.graph.eliminate_dead_code(keeps)
         self.graph.lint()
         return self.graph
 
@@ -148,7 +150,7 @@ class _Builder:
                 entry.fqn,
                 tuple(args),
                 dict(kwargs),
-                name=entry.fqn.replace(".", "_"),
+                name=identifier(entry.fqn),
             )
             self._calls[entry.fqn] = _leaves(node, entry.signature.out_spec, self.graph)
         return self._calls[entry.fqn]

@@ -96,6 +96,6 @@ class VerificationError(DiffCRError):
     """A program breaks a rule of its stage."""
 
 
-def one_line(error: BaseException, limit: int) -> str:
+def one_line(error: BaseException, limit: int = 400) -> str:
     """Class and message of an error in one line, the message cut to `limit` characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"

@@ -7,7 +7,7 @@ and no work at run time. Parameters are never folded, because calibration trains
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+from diffcr_compile.aliases import is_write, written_families
 from diffcr_compile.block_calls import keeps
 
 
@@ -30,17 +31,11 @@ def fold_constants(graph: fx.Graph, root: MutableMapping[str, Any]) -> int:
         How many constants were made.
     """
     values: dict[fx.Node, Any] = {}
-    written = _written_in_place(graph)
+    known = _known(graph, root)
     for node in graph.nodes:
-        if node in written:
-            continue
-        if node.op == "get_attr":
-            tensor = root[str(node.target)]
-            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
-                if isinstance(tensor, FakeTensor) or tensor.is_meta:
-                    continue
-                values[node] = tensor
-        elif node.op == "call_function" and _may_fold(node, values):
+        if node in known and node.op == "get_attr":
+            values[node] = root[str(node.target)]
+        elif node in known:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
     made = 0
@@ -57,7 +52,7 @@ def fold_constants(graph: fx.Graph, root: MutableMapping[str, Any]) -> int:
         else:
             continue
         made += 1
-    graph.eliminate_dead_code(lambda node: keeps(node))
+    graph.eliminate_dead_code(lambda node: keeps(node) and node not in known)
     return made
 
 
@@ -69,26 +64,53 @@ def _use_number(node: fx.Node, value: bool | float) -> None:
         user.args, user.kwargs = map_arg((user.args, user.kwargs), swap)
 
 
-def _may_fold(node: fx.Node, values: MutableMapping[fx.Node, Any]) -> bool:
+def _known(graph: fx.Graph, root: Mapping[str, Any]) -> set[fx.Node]:
+    """Nodes whose value is the same at every call.
+
+    Memory that is written to is known if all that is written is, if every call makes it anew, and if
+    nobody else looks at it in between.
+    """
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    families = written_families(graph)
+    barred: set[fx.Node] = set()
+    while True:
+        known: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node not in barred and _is_known(node, root, known):
+                known.add(node)
+        bad = [
+            family
+            for family in families
+            if family & known and not _settles(family, known, place)
+        ]
+        if not bad:
+            return known
+        barred = barred.union(*bad)
+
+
+def _settles(family: set[fx.Node], known: set[fx.Node], place: Mapping[fx.Node, int]) -> bool:
+    writers = [node for node in family if is_write(node)]
+    last = max(place[node] for node in writers)
+    readers = {user for node in family & known for user in node.users} - known
+    return (
+        known.issuperset(writers)
+        and not any(node.op == "get_attr" for node in family)
+        and all(place[reader] > last for reader in readers)
+    )
+
+
+def _is_known(node: fx.Node, root: Mapping[str, Any], known: set[fx.Node]) -> bool:
+    if node.op == "get_attr":
+        tensor = root[str(node.target)]
+        if not isinstance(tensor, Tensor) or isinstance(tensor, (nn.Parameter, FakeTensor)):
+            return False
+        return not tensor.is_meta
+    if node.op != "call_function":
+        return False
     if not isinstance(node.target, torch._ops.OpOverload) and node.target.__module__ != (
         "_operator"
     ):
         return False
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
-    return all(source in values for source in node.all_input_nodes)
-
-
-def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose memory some node of the graph may write to: every call must begin afresh with them."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_function" and keeps(node):
-            pending = [node]
-            while pending:
-                current = pending.pop()
-                if current not in found:
-                    found.add(current)
-                    pending += current.all_input_nodes
-    return found
+    return known.issuperset(node.all_input_nodes)

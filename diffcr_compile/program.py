@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from diffcr_compile.blocks import BlockSpec, Refusal
+from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import UsageError
+from diffcr_compile.outputs import put_together, take_apart
 from diffcr_compile.routing import Gate
 from diffcr_compile.schedule import TokenSchedule
-from diffcr_compile.signature import CallSignature, same_constant
+from diffcr_compile.signature import CallSignature, keyword_call, same_constant
 
 
 class Stage(enum.IntEnum):
@@ -47,16 +47,28 @@ class DiTGraph(fx.GraphModule):
         return found
 
     def check_constants(self, found: tuple[Any, ...]) -> None:
-        """Refuse a call whose non-tensor arguments differ from those of the capture."""
+        """Refuse a call whose non-tensor arguments, or fixed inputs, differ from those of the capture."""
         for (path, expected), value in zip(
             self.program.signature.constants, found, strict=True
         ):
             if not same_constant(value, expected):
                 where = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+                if isinstance(expected, Tensor):
+                    raise UsageError(
+                        f"{where} is not the tensor that the model was captured with: "
+                        f"{_difference(value, expected)}. The model's forward reads numbers from it, "
+                        "so it is fixed. Capture again with the value you need."
+                    )
                 raise UsageError(
                     f"{where} is {value!r}, but the model was captured with {expected!r}, and a "
                     "graph cannot change it. Capture again with the value you need."
                 )
+
+    def put_together(self, leaves: tuple[Any, ...]) -> Any:
+        """The output from its leaves, where there are dataclasses in it."""
+        form = self.program.signature.out_form
+        assert form is not None
+        return put_together(form, iter(leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +113,15 @@ class Program:
     def batch(self) -> int:
         """Batch size of the example inputs."""
         return batch_size(self.example)
+
+    @property
+    def fixed_inputs(self) -> dict[str, Tensor]:
+        """Tensors among the model's inputs that are constants of the graph, by name."""
+        return {
+            "_".join(str(key) for key in path): value
+            for path, value in self.signature.constants
+            if isinstance(value, Tensor)
+        }
 
     def with_graph(
         self, graph: fx.Graph, modules: Mapping[str, nn.Module] | None = None, **changes: Any
@@ -148,11 +169,17 @@ def with_batch(program: Program, batch: int | None) -> Program:
             f"example inputs with batch {batch} instead"
         )
     rows = torch.arange(batch) % program.batch
-    example = {
-        name: t[rows] if t.ndim > 0 and t.shape[0] == program.batch else t
-        for name, t in program.example.items()
-    }
+    example = map_batched(dict(program.example), program.batch, lambda tensor: tensor[rows])
     return dataclasses.replace(program, example=example).attached()
+
+
+def _difference(found: Any, expected: Tensor) -> str:
+    if not isinstance(found, Tensor):
+        return f"expected a {expected.dtype} of shape {tuple(expected.shape)}, found {found!r}"
+    one, two = ((t.dtype, tuple(t.shape)) for t in (found, expected))
+    if one != two:
+        return f"expected {two[0]} of shape {two[1]}, found {one[0]} of shape {one[1]}"
+    return "its values are others"
 
 
 def batch_size(example: Mapping[str, Tensor]) -> int:
@@ -160,16 +187,27 @@ def batch_size(example: Mapping[str, Tensor]) -> int:
     return max(example.values(), key=lambda t: t.ndim).shape[0]
 
 
-def _identifier(block: str) -> str:
+def map_batched(tree: Any, batch: int, edit: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested tuples, lists and dicts with ``edit(tensor)`` for each (batch, ...) tensor."""
+
+    def change(_: Path, leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
+        return edit(leaf) if is_batched else leaf
+
+    return map_leaves(tree, change)
+
+
+def identifier(block: str) -> str:
+    """A block's name as the name of a node or of an attribute."""
     return block.replace(".", "_").replace("-", "_")
 
 
 def selector_name(block: str) -> str:
-    return f"{_identifier(block)}_select"
+    return f"{identifier(block)}_select"
 
 
 def router_name(block: str) -> str:
-    return f"{_identifier(block)}_router"
+    return f"{identifier(block)}_router"
 
 
 def _attribute(owner: nn.Module, target: str, extra: Mapping[str, nn.Module]) -> Any:
@@ -197,14 +235,21 @@ def tensor_args(program: Program, tensors: Mapping[str, Tensor]) -> tuple[Tensor
     """
     names = list(program.signature.inputs)
     if set(names) != set(tensors):
-        raise UsageError(f"the graph takes the inputs {names}, got {sorted(tensors)}")
+        fixed = sorted(program.fixed_inputs)
+        hint = f"; {fixed} are fixed by the capture, leave them out" if fixed else ""
+        raise UsageError(f"the graph takes the inputs {names}, got {sorted(tensors)}{hint}")
     return tuple(tensors[name] for name in names)
 
 
 def run_flat(program: Program, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Run the graph on tensors by placeholder name; the output's tensors, flat."""
-    outputs = program.module(**rebuild_call(program.signature, tensors))
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return flat_tensors(program.module(**rebuild_call(program.signature, tensors)))
+
+
+def flat_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's or a graph's outputs, in the order of the graph's outputs."""
+    leaves, _ = take_apart(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def rebuild_call(signature: CallSignature, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -214,10 +259,7 @@ def rebuild_call(signature: CallSignature, tensors: Mapping[str, Tensor]) -> dic
     for path, value in [*every, *signature.constants]:
         _put(call, path, value)
     built = {name: _as_sequences(value) for name, value in call.items()}
-    for parameter in signature.parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            built.update(built.pop(parameter.name, {}))
-    return built
+    return keyword_call(signature.parameters, built)
 
 
 def _put(tree: dict[Any, Any], path: tuple[int | str, ...], value: Any) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from diffcr_compile.blocks import Path, leaves, map_leaves
+from diffcr_compile.blocks import leaves, map_leaves
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
+from diffcr_compile.program import map_batched
 
 # (name of a block, its (args, kwargs), its output) -> what it returns instead
 Edit = Callable[[str, Any, Any], Any]
@@ -64,11 +65,7 @@ def two_samples(
     if not tensors or max(tensors, key=lambda t: t.ndim).shape[:1] != (1,):
         return given
 
-    def double(_: Path, leaf: Any) -> Any:
-        is_batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)
-        return torch.cat([leaf, leaf]) if is_batched else leaf
-
-    doubled = map_leaves(given, double)
+    doubled = map_batched(given, 1, lambda tensor: torch.cat([tensor, tensor]))
     try:
         model(*doubled[0], **doubled[1])
     except Exception:  # noqa: BLE001 - a model that takes one sample only

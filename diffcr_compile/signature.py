@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from diffcr_compile.blocks import Path, get_leaf, leaves
 from diffcr_compile.errors import UsageError
+from diffcr_compile.outputs import OutputForm
 
 _STARS: dict[Any, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
@@ -32,14 +34,18 @@ class CallSignature:
     Attributes:
         parameters: the parameters of the model's ``forward``, without ``self``.
         inputs: placeholder name -> path into the bound arguments, tensors only, in graph order.
-        constants: path -> value of every other argument leaf; these are fixed by the capture.
+        constants: (path, value) of every other argument leaf; these are fixed by the capture. A value
+            is a tensor where the model's forward reads numbers from it.
         out_spec: pytree of the output.
+        out_form: how the output is built where there are dataclasses in it; the pytree is then a tuple of
+            its leaves.
     """
 
     parameters: tuple[inspect.Parameter, ...]
     inputs: Mapping[str, Path]
     constants: tuple[tuple[Path, Any], ...]
     out_spec: pytree.TreeSpec
+    out_form: OutputForm | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, defaults filled in."""
@@ -74,6 +80,26 @@ def bind_call(
     return tuple(signature.parameters.values()), dict(bound.arguments)
 
 
+def keyword_call(
+    parameters: Sequence[inspect.Parameter], bound: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by parameter name as keyword arguments: ``**kwargs`` are merged in."""
+    call = dict(bound)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call.update(call.pop(parameter.name, {}))
+    return call
+
+
+def call_arguments(
+    parameters: Sequence[inspect.Parameter], bound: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call from arguments by parameter name."""
+    call = keyword_call(parameters, bound)
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in call]
+    return tuple(call.pop(name) for name in first), call
+
+
 def split_leaves(bound: Mapping[str, Any]) -> tuple[list[Path], list[tuple[Path, Any]]]:
     """Paths of the tensors among the bound arguments, and (path, value) of everything else."""
     every = list(leaves(dict(bound)))
@@ -106,6 +132,12 @@ class CallCodeGen(_PyTreeCodeGen):
             lines.append(f"    self.check_constants(({found},))")
         return "\n".join(lines)
 
+    def generate_output(self, *args: Any, **options: Any) -> str:
+        text: str = super().generate_output(*args, **options)
+        if self.signature.out_form is None:
+            return text
+        return f"return self.put_together({text.removeprefix('return ')})"
+
     def process_inputs(self, *inputs: Any) -> Any:
         return inputs  # torch.fx.Interpreter is run on the placeholders themselves
 
@@ -129,13 +161,21 @@ class CallCodeGen(_PyTreeCodeGen):
 
 
 def same_constant(found: Any, expected: Any) -> bool:
-    """Whether a non-tensor argument is the one that the graph was captured with."""
-    if isinstance(found, torch.Tensor):
-        return False
+    """Whether an argument is the one that the graph was captured with."""
+    if isinstance(found, torch.Tensor) or isinstance(expected, torch.Tensor):
+        return found is expected or _same_tensor(found, expected)
     try:
         return bool(found is expected or found == expected)
     except Exception:  # noqa: BLE001 - a foreign __eq__ may do anything; unequal is the safe answer
         return False
+
+
+def _same_tensor(found: Any, expected: Any) -> bool:
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return False
+    if found.is_meta or isinstance(found, FakeTensor) or found.dtype != expected.dtype:
+        return False
+    return torch.equal(found.detach().cpu(), expected.cpu())
 
 
 def _access(path: Path) -> str:

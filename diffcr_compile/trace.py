@@ -2,15 +2,18 @@
 
 The model runs once on its example inputs while every ATen op is recorded; blocks are recorded as one
 call each and run on the side. Branches on values, ``.item()``, ``.numpy()``, formatted strings and
-objects as inputs are no obstacle, because nothing is symbolic. The price: whatever the model read from
-its inputs as a Python number is baked into the graph, and so is the batch size. ``capture`` therefore
-compares the graph with the model on other inputs before it is used.
+objects as inputs are no obstacle, because nothing is symbolic. The price: the batch size is baked into the
+graph, and so is whatever the model read from its inputs as a Python number. The inputs that such numbers
+come from (``value_reads.py``) are therefore no inputs of the graph any more but constants of it; and
+``capture`` compares the graph with the model on other inputs before it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +27,38 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from diffcr_compile.aliases import written_in_place
 from diffcr_compile.block_calls import keeps
 from diffcr_compile.blocks import Path, get_leaf, map_leaves
+from diffcr_compile.errors import CaptureError
+from diffcr_compile.program import identifier
+from diffcr_compile.signature import call_arguments
+from diffcr_compile.value_reads import MarkedReads, read_mark, value_reads
 
+_FRESH = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
 # What autograd switches leave behind, and aliases that only say "a fresh tensor".
 _PASS_THROUGH = {
-    torch.ops.aten.lift_fresh_copy.default,
-    torch.ops.aten.lift_fresh.default,
+    *_FRESH,
     torch.ops.aten.detach.default,
+    torch.ops.aten.detach_.default,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A recorded forward.
+
+    Attributes:
+        graph: without the fixed inputs.
+        root: what its ``get_attr`` and ``call_module`` nodes refer to, by target.
+        out_spec: pytree of the output.
+        fixed: names of the inputs whose values the model read, so that they are constants of the graph.
+    """
+
+    graph: fx.Graph
+    root: dict[str, Any]
+    out_spec: pytree.TreeSpec
+    fixed: tuple[str, ...]
 
 
 def trace_graph(
@@ -40,7 +66,8 @@ def trace_graph(
     call: Mapping[str, Any],
     tensors: Mapping[str, Path],
     blocks: Sequence[str],
-) -> tuple[fx.Graph, dict[str, Any], pytree.TreeSpec]:
+    fixable: Collection[str] = (),
+) -> Recorded:
     """Record one forward.
 
     Args:
@@ -48,32 +75,61 @@ def trace_graph(
         call: arguments by parameter name.
         tensors: placeholder name -> path into `call`.
         blocks: qualified names of the modules that are recorded as one call.
+        fixable: placeholders that may become constants if the model reads their values.
 
-    Returns:
-        The graph, what its ``get_attr`` and ``call_module`` nodes refer to by target, and the pytree
-        of the output.
+    Raises:
+        CaptureError: the model reads the values of other inputs, or of its weights.
     """
     found: dict[str, pytree.TreeSpec] = {}
+    parameters = list(inspect.signature(model.forward).parameters.values())
 
     def flat(*values: Tensor) -> list[Tensor]:
         given = dict(zip(tensors.values(), values, strict=True))
         inputs = map_leaves(dict(call), lambda path, leaf: given.get(path, leaf))
-        leaves, found["spec"] = pytree.tree_flatten(model(**inputs))
+        args, kwargs = call_arguments(parameters, inputs)
+        with MarkedReads():
+            leaves, found["spec"] = pytree.tree_flatten(model(*args, **kwargs))
         return leaves
 
-    values = [get_leaf(call, path) for path in tensors.values()]
+    values = {name: get_leaf(call, path).detach() for name, path in tensors.items()}
     with torch.no_grad(), _recorded_as_one(model, blocks):
-        try:
-            recorded = make_fx(flat, tracing_mode="real", pre_dispatch=True)(*values)
-        except RuntimeError as error:
-            if "get value out of a tracing tensor" not in str(error):
-                raise
-            raise ValueError(
-                "forward reads a number from its inputs (.item(), or a branch on a tensor value), "
-                "which no graph can follow"
-            ) from error
-    graph, root = _rebuilt(recorded, model, list(tensors))
-    return graph, root, found["spec"]
+        make = make_fx(
+            flat, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
+        )
+        recorded = make(*(value.clone() for value in values.values()))
+    fixed = _fixed(recorded, model, list(tensors), fixable)
+    inputs = {name: values[name].clone() if name in fixed else None for name in tensors}
+    graph, root = _rebuilt(recorded, model, inputs)
+    return Recorded(graph, root, found["spec"], fixed)
+
+
+def _fixed(
+    recorded: fx.GraphModule, model: nn.Module, names: Sequence[str], fixable: Collection[str]
+) -> tuple[str, ...]:
+    """Names of the inputs whose values were read."""
+    placeholders = (node for node in recorded.graph.nodes if node.op == "placeholder")
+    inputs = dict(zip(placeholders, names, strict=True))
+    weights = {id(parameter): name for name, parameter in model.named_parameters()}
+    read: set[str] = set()
+    for place, sources in value_reads(recorded.graph).items():
+        found = {inputs[node] for node in sources if node in inputs}
+        attributes = [
+            getattr(recorded, str(n.target), None) for n in sources if n.op == "get_attr"
+        ]
+        found |= {weights[id(tensor)] for tensor in attributes if id(tensor) in weights}
+        wrong = sorted(found - set(fixable))
+        if wrong:
+            raise CaptureError(
+                f"forward reads a number from its inputs or weights: {place.name} needs the values of "
+                f"{_some(wrong)} for a Python number, a branch or a size, which no graph can follow"
+            )
+        read |= found
+    return tuple(name for name in names if name in read)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + rest
 
 
 def _block_call(name: str, args: Any, kwargs: Any) -> Any:
@@ -113,22 +169,40 @@ def _recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rebuilt(
-    recorded: fx.GraphModule, model: nn.Module, placeholders: Sequence[str]
+    recorded: fx.GraphModule, model: nn.Module, inputs: Mapping[str, Tensor | None]
 ) -> tuple[fx.Graph, dict[str, Any]]:
-    """The recorded graph with the model's own names for inputs, weights and blocks."""
+    """The recorded graph with the model's own names for inputs, weights and blocks.
+
+    Args:
+        recorded: from ``make_fx``.
+        model: where weights and blocks come from.
+        inputs: placeholder name -> its value if it is fixed, None if not.
+    """
     names = {id(t): name for name, t in model.named_parameters(remove_duplicate=False)}
     names |= {id(t): name for name, t in model.named_buffers(remove_duplicate=False)}
     graph, root = fx.Graph(), dict[str, Any]()
     values: dict[fx.Node, Any] = {}
     attributes: dict[str, fx.Node] = {}
-    waiting = iter(placeholders)
+    waiting = iter(inputs.items())
+    written = written_in_place(recorded.graph)
 
     def lookup(argument: Any) -> Any:
         return map_arg(argument, lambda node: values[node])
 
+    def fresh(node: fx.Node, constant: fx.Node) -> fx.Node:
+        """A copy for each call, where the graph writes to it."""
+        if node not in written:
+            return constant
+        return graph.call_function(torch.ops.aten.clone.default, (constant,))
+
     for node in recorded.graph.nodes:
         if node.op == "placeholder":
-            values[node] = graph.placeholder(next(waiting))
+            name, fixed = next(waiting)
+            if fixed is None:
+                values[node] = graph.placeholder(name)
+            else:
+                root[f"fixed_{name}"] = fixed
+                values[node] = fresh(node, graph.get_attr(f"fixed_{name}"))
         elif node.op == "get_attr":
             tensor = getattr(recorded, node.target)
             name = names.get(id(tensor), f"traced_{node.target.lstrip('_')}")
@@ -146,11 +220,13 @@ def _rebuilt(
                 name,
                 tuple(lookup(args)),
                 dict(lookup(kwargs)),
-                name=name.replace(".", "_"),
+                name=identifier(name),
             )
         elif node.target in _PASS_THROUGH:
-            values[node] = lookup(node.args[0])
-        elif node.target is torch._C._set_grad_enabled:
+            source = lookup(node.args[0])
+            is_new = node.target in _FRESH
+            values[node] = fresh(node, source) if is_new else source
+        elif node.target in {torch._C._set_grad_enabled, read_mark}:
             continue
         else:
             values[node] = graph.create_node(
@@ -160,6 +236,6 @@ def _rebuilt(
                 lookup(node.kwargs),
                 name=node.name,
             )
-    graph.eliminate_dead_code(lambda node: keeps(node))
+    graph.eliminate_dead_code(keeps)
     graph.lint()
     return graph, root

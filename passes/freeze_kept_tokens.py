@@ -13,7 +13,7 @@ from diffcr_compile.blocks import BlockSpec
 from diffcr_compile.errors import PostconditionError, PreconditionError
 from diffcr_compile.passes.base import Pass, PassResult
 from diffcr_compile.passes.graph_edit import erase_unused
-from diffcr_compile.program import Program, Stage, router_name, selector_name
+from diffcr_compile.program import Program, Stage, identifier, router_name, selector_name
 from diffcr_compile.routing import Gate
 from diffcr_compile.schedule import TokenSchedule
 
@@ -106,7 +106,7 @@ def _skip_block(selection: fx.Node) -> None:
 def _freeze(
     graph: fx.Graph, selection: fx.Node, spec: BlockSpec, kept: int, gate: Gate
 ) -> None:
-    name = spec.name.replace(".", "_")
+    name = identifier(spec.name)
     stream = selection.args[0]
     with graph.inserting_before(selection):
         image = graph.call_function(

@@ -14,7 +14,7 @@ from diffcr_compile.blocks import BlockSpec, Path, TokenAxis, leaves
 from diffcr_compile.errors import PostconditionError, PreconditionError
 from diffcr_compile.passes.base import Pass, PassResult
 from diffcr_compile.passes.graph_edit import argument, block_node, output_node, replace_uses
-from diffcr_compile.program import Program, Stage
+from diffcr_compile.program import Program, Stage, identifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _fuse(
     tails = [node for node in _outputs(last) if _read_outside(node)]
     body.graph.output(tuple(body.copies[node] for node in tails))
     modules = {spec.name: program.module.get_submodule(spec.name) for spec in members}
-    inner = {_inner_name(name): module for name, module in modules.items()}
+    inner = {identifier(name): module for name, module in modules.items()}
     span = fx.GraphModule(inner, body.graph, class_name="BlockSpan")
     name = _span_name(names)
     with graph.inserting_before(last):
@@ -149,7 +149,7 @@ def _fuse(
             "call_module",
             name,
             tuple(body.inputs),
-            name=name.replace(".", "_").replace("-", "_"),
+            name=identifier(name),
         )
         for position, node in enumerate(tails):
             part = graph.call_function(operator.getitem, (call, position))
@@ -205,7 +205,7 @@ class _SpanBody:
             if isinstance(leaf, fx.Node):
                 inner_args[leaf] = self._input(leaf, roles.get(path))
         args, kwargs = map_arg((call.args, call.kwargs), lambda node: inner_args[node])
-        copy = self.graph.call_module(_inner_name(spec.name), tuple(args), dict(kwargs))
+        copy = self.graph.call_module(identifier(spec.name), tuple(args), dict(kwargs))
         self.copies[call] = copy
         for node in _outputs(call)[1:]:
             source, key = node.args[0], node.args[1]
@@ -229,12 +229,8 @@ class _SpanBody:
         return self._known[key]
 
 
-def _inner_name(block: str) -> str:
-    return block.replace(".", "_")
-
-
 def _span_name(names: Sequence[str]) -> str:
     """``blocks.2-5``; ``blocks.5-single_blocks.0`` where the span crosses two lists."""
     parents = {name.rpartition(".")[0] for name in names}
-    last = names[-1].rpartition(".")[2] if len(parents) == 1 else names[-1].replace(".", "_")
+    last = names[-1].rpartition(".")[2] if len(parents) == 1 else identifier(names[-1])
     return f"{names[0]}-{last}"

@@ -93,7 +93,7 @@ def replace_uses(node: fx.Node, new: fx.Node, keep: Callable[[fx.Node], bool]) -
 
 def erase_unused(graph: fx.Graph) -> None:
     """Dead code elimination that trusts blocks and routers to have no side effects."""
-    graph.eliminate_dead_code(lambda node: keeps(node))
+    graph.eliminate_dead_code(keeps)
 
 
 def _reads(user: fx.Node, key: int | str) -> bool:

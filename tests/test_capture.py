@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffcr_compile.aliases import is_write
 from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.legality import find_blocks
@@ -258,8 +259,55 @@ def test_an_input_that_is_no_plain_structure_is_refused() -> None:
 
     inputs = models.inputs_for()
     model: nn.Module = PackedDiT().eval()
-    with pytest.raises(CaptureError):
+    words = r"given packed, which is a Packed; .* Wrap the model in a module"
+    with pytest.raises(CaptureError, match=words):
         capture(model, (Packed(inputs["x"]), inputs["t"]), {}, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A dataclass whose fields are not those that it was made with."""
+
+    sample: torch.Tensor
+    others: dict[str, Any]
+    name: str = "pair"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample", self.sample * 2)
+
+
+class PairDiT(models.OwnDiT):
+    """Returns dataclasses in a tuple; one holds another."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        out = super().forward(x, t)
+        return t * 2, Pair(out, {"packed": Packed(out + 1), "none": None})
+
+
+class DataNumpyDiT(PairDiT):
+    """The same where only recording helps."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        two = float(torch.tensor([x.shape[1]]).numpy()[0])
+        return super().forward(x * two, t)
+
+
+@pytest.mark.parametrize("kind", [PairDiT, DataNumpyDiT])
+def test_plain_dataclasses_are_returned_as_they_are(kind: type[models.OwnDiT]) -> None:
+    model, inputs = kind().eval(), models.inputs_for()
+    program = _captured((model, inputs))
+    with torch.no_grad():
+        (doubled, found), (_, expected) = program.module(**inputs), model(**inputs)
+        flat = run_flat(program, program.example)
+    assert torch.equal(doubled, inputs["t"] * 2)
+    assert type(found) is Pair
+    assert type(found.others["packed"]) is Packed
+    assert found.others["none"] is None
+    assert found.name == "pair"
+    assert torch.equal(found.sample, expected.sample)
+    assert torch.equal(found.others["packed"].x, expected.others["packed"].x)
+    assert [tuple(t.shape) for t in flat] == [(2,), (2, 2, 6, 6), (2, 2, 6, 6)]
+    assert not model._forward_hooks
 
 
 class FixedBatchDiT(models.OwnDiT):
@@ -288,6 +336,17 @@ class InPlaceDiT(models.OwnDiT):
         mask = torch.zeros(1, 2, 6, 6)
         mask[:, :, 2:] = 1
         return super().forward(x * mask, t)
+
+
+class ReadBetweenDiT(models.OwnDiT):
+    """Reads a table before and after it is filled, and another into which an input is written."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        table, rows = torch.zeros(1, 2, 6, 6), torch.zeros(2, 2)
+        before = x + table
+        table[:, :, 2:] = 1
+        rows[:, 0] = t
+        return super().forward(before * table + rows[:, :, None, None], t)
 
 
 class AutocastOffDiT(models.OwnDiT):
@@ -321,7 +380,7 @@ class SameNamesDiT(models.OwnDiT):
         return self.image(tokens) + x.shape[0] * 0.0
 
 
-@pytest.mark.parametrize("kind", [InPlaceDiT, AutocastOffDiT, SameNamesDiT])
+@pytest.mark.parametrize("kind", [InPlaceDiT, ReadBetweenDiT, AutocastOffDiT, SameNamesDiT])
 def test_awkward_forwards_are_captured_exactly(kind: type[models.OwnDiT]) -> None:
     model, inputs = kind().eval(), models.inputs_for()
     program = _captured((model, inputs))
@@ -330,6 +389,13 @@ def test_awkward_forwards_are_captured_exactly(kind: type[models.OwnDiT]) -> Non
     with torch.no_grad():
         for call in (inputs, other, inputs):
             assert torch.equal(program.module(**call), model(**call))
+
+
+def test_a_table_that_is_filled_in_place_is_a_constant() -> None:
+    program = _captured((InPlaceDiT().eval(), models.inputs_for()))
+    assert not [node for node in program.graph.nodes if is_write(node)]
+    program = _captured((ReadBetweenDiT().eval(), models.inputs_for()))
+    assert [node for node in program.graph.nodes if is_write(node)]
 
 
 def test_autocast_inside_the_model_is_refused() -> None:

@@ -330,9 +330,7 @@ REFUSED_TODAY = {
 }
 
 # What the compiler does today where it is wrong; a test that begins to pass must leave this list.
-WRONG_TODAY = {
-    "dataclass_output": "torch.export does not know the class",
-}
+WRONG_TODAY: dict[str, str] = {}
 
 
 def cases(names: Any, sizes: Any = lambda name: (0,)) -> list[Any]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import atomic_write_bytes
+from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,8 @@ def write_golden(
     Args:
         folder: the artifact.
         bucket: index of the timestep bucket.
-        inputs: by the names of the graph's inputs.
+        inputs: by the names of the graph's inputs; complex ones are stored as the graph takes them, real
+            with a last axis of 2.
         outputs: in the order of the graph's outputs.
 
     Returns:
@@ -72,4 +74,4 @@ def output_names(count: int) -> list[str]:
 
 
 def _array(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+    return np.ascontiguousarray(as_graph_input(tensor.detach().resolve_conj().cpu().numpy()))

@@ -6,11 +6,18 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from diffcr_compile.export.complex_numbers import use_real_numbers
+from diffcr_compile.export.constant_parts import work_out_constants
+from diffcr_compile.export.empty_attention import drop_empty_attention
+
 aten = torch.ops.aten
 
 
 def lower_for_onnx(exported: ExportedProgram) -> ExportedProgram:
-    """Make `exported` (static shapes) expressible in ONNX, in place."""
+    """`exported` (static shapes) in a form that ONNX can express; the given program is used up."""
+    exported = use_real_numbers(exported)
+    work_out_constants(exported)
+    drop_empty_attention(exported.graph)
     drop_false_squeezes(exported.graph)
     exported.graph.lint()
     exported.graph_module.recompile()

@@ -16,6 +16,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from diffcr_compile.errors import UnsupportedModelError, one_line
+from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.program import Program, run_flat
 
@@ -60,6 +61,7 @@ def export_graph(program: Program) -> tuple[ModelProto, dict[str, str]]:
     refuse_bfloat16(program)
     model = _torch_export(program)
     check_standard(model)
+    say_where_in_logic(model)
     _merge_equal_constants(model)
     _shorten_names(model, list(program.signature.inputs))
     nodes = node_map(model)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.runtime.backend import make_session
+from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +86,9 @@ def run_onnx(
 ) -> list[Array]:
     """Outputs of an ONNX file in ONNX Runtime on the CPU."""
     session = make_session(path, threads=threads)
-    outputs: list[Array] = session.run(None, dict(inputs))
+    outputs: list[Array] = session.run(
+        None, {name: as_graph_input(array) for name, array in inputs.items()}
+    )
     return outputs
 
 

@@ -190,6 +190,7 @@ def _check_onnx(record: Record, frozen: Any, runs: Any) -> bytes:
     import onnxruntime
 
     from diffcr_compile.export.onnx_model import onnx_from_program
+    from diffcr_compile.runtime.complex_inputs import as_graph_input
 
     data: bytes = onnx_from_program(frozen.program).SerializeToString()
     options = onnxruntime.SessionOptions()
@@ -199,7 +200,7 @@ def _check_onnx(record: Record, frozen: Any, runs: Any) -> bytes:
     record.size["onnx"] = {"bytes": len(data)}
     for label, given, _ in runs:
         named = frozen.program.signature.tensors((), given)
-        feed = {i.name: named[i.name].numpy() for i in session.get_inputs()}
+        feed = {i.name: as_graph_input(named[i.name].numpy()) for i in session.get_inputs()}
         error = relative(session.run(None, feed), tensors(frozen(**given)))
         record.size["onnx"][label] = error
         record.require("onnx", error < ONNX_PARITY, f"{label}: relative error {error:.1e}")

@@ -113,7 +113,7 @@ def batch_at_once(
 
 
 def put_back(results: list[Any], stream: Tensor, spec: Any, kept: Tensor) -> Any:
-    """A block's outputs, whole again: bypassed tokens are those of the stream."""
+    """A block's outputs, whole again: bypassed tokens are those of the stream, zeros for a part."""
 
     def join(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -123,7 +123,7 @@ def put_back(results: list[Any], stream: Tensor, spec: Any, kept: Tensor) -> Any
             # batch 1 says that the output has a batch axis; anything else is the same each time
             joined = len(parts) > 1 and leaf.ndim > 0 and len(leaf) == 1
             return torch.cat(parts) if joined else leaf
-        whole = stream.clone()
+        whole = torch.zeros_like(stream) if spec.bypass == "zeros" else stream.clone()
         for sample, processed in enumerate(torch.cat(parts)):
             rows = rows_of(kept[sample], spec.stream.start, spec.num_tokens, stream.shape[1])
             whole[sample, rows] = processed
@@ -256,7 +256,7 @@ def _permutation_error(
             return
         other, change = at(found, path), leaf
         if tuple(path) == tuple(spec.output):
-            change = leaf - stream
+            change = leaf if spec.bypass == "zeros" else leaf - stream
             leaf = torch.stack(
                 [
                     picked(s, 0, o, spec.stream, spec.num_tokens)

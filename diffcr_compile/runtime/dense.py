@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffcr_compile.runtime.backend import make_session
+from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 
 class DenseRunner:
@@ -24,6 +25,6 @@ class DenseRunner:
 
     def __call__(self, **inputs: Any) -> Any:
         outputs = self.session.run(
-            None, {name: np.asarray(value) for name, value in inputs.items()}
+            None, {name: as_graph_input(np.asarray(value)) for name, value in inputs.items()}
         )
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

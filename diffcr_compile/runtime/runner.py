@@ -16,6 +16,7 @@ import numpy.typing as npt
 from diffcr_compile.errors import UsageError
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.runtime.backend import Provider, check_provider, make_session
+from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +108,8 @@ class Runner:
                     f"{name} is {array.dtype}, expected {dtype}; pass {name}.astype('{dtype}'). "
                     f"This artifact was built for {self._signature()}"
                 )
-        return arrays
+        # the manifest says what the caller passes; a graph takes complex numbers as real pairs
+        return {name: as_graph_input(array) for name, array in arrays.items()}
 
     def _bucket(self, arrays: Mapping[str, Array]) -> int:
         name = self.manifest.timestep_input

@@ -41,6 +41,8 @@ def pipeline_class(module: str, name: str) -> Any:
     if importlib.util.find_spec("transformers") is not None:
         return getattr(diffusers, name)
     missing = {n: _names(n) for n in PACKAGES if importlib.util.find_spec(n) is None}
+    # what all pipelines share is imported as the environment is, without the names
+    importlib.import_module("diffusers.pipelines.pipeline_utils")
     before = import_utils._transformers_available, import_utils._transformers_version
     loaders = sys.modules.pop("diffusers.loaders", None)  # its list of names depends on it
     sys.modules.update(missing)

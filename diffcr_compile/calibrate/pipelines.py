@@ -173,7 +173,7 @@ class PipelineRuns:
         return {
             **{f"input.{n}": t.contiguous() for n, t in inputs.items()},
             "target": torch.cat([call.output for call in calls]),
-            "timesteps": inputs[timestep].float().flatten(),
+            "timesteps": inputs[timestep].float().flatten().clone(),  # files hold no views
         }
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffcr_compile import bench
+from diffcr_compile.attachments import checkpointing_off, prepared
 from diffcr_compile.calibrate.data import (
     Conditions,
     TeacherStates,
@@ -23,6 +24,13 @@ from diffcr_compile.calibrate.data import (
     roll_out,
 )
 from diffcr_compile.calibrate.loop import CalibrationResult, own_weights, run_calibration
+from diffcr_compile.calibrate.pipelines import (
+    FEW_STEPS,
+    Inputs,
+    PipelineRuns,
+    is_pipeline,
+    open_pipeline,
+)
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
@@ -68,6 +76,8 @@ from diffcr_compile.workspace import Workspace, fingerprint
 settle_vector_math()  # at import, because the user's model is often built after it
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
+PipelineInputs = Inputs | Sequence[Inputs] | None
+Data = TeacherStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
 Event = Callable[[str, int, int, Mapping[str, Any]], None]
 Evaluate = Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]
 
@@ -98,12 +108,14 @@ class Artifact:
 
 
 def inspect(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
+    model: nn.Module | Any,
+    example_inputs: ExampleInputs | None = None,
     config: RoutingConfig | None = None,
     *,
     target: str = "ort-cpu",
     macs_per_byte: float | None = None,
+    pipeline_inputs: PipelineInputs = None,
+    component: str | None = None,
 ) -> Plan:
     """A dry run: what can be routed, what it brings, what it takes; changes nothing.
 
@@ -111,25 +123,34 @@ def inspect(
     What is wrong with the model is in the result. ``print`` shows it as a table.
 
     Args:
-        model: any DiT.
-        example_inputs: keyword inputs as a dict, or positional ones as a tuple.
+        model: any DiT, or a pipeline of diffusers, which is run for a few steps.
+        example_inputs: keyword inputs as a dict, or positional ones as a tuple; of a pipeline none.
         config: settings of the routing.
         target: name of the device whose limits count, see ``planning/targets.py``.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
+        pipeline_inputs: of a pipeline: the keyword arguments of its call.
+        component: of a pipeline: the name of the denoiser, where there are several.
 
     Raises:
-        UsageError: there is no such target.
+        UsageError: there is no such target, or the pipeline does not run.
+        UnsupportedModelError: hooks, adapters or offloading are attached to the model.
     """
     settings = CompileConfig(routing=config or RoutingConfig())
+    model, example_inputs, _ = _opened(model, example_inputs, pipeline_inputs, component)
+    model = prepared(model, settings.routing.fuse_adapters)
     args, kwargs = _call(example_inputs)
-    return make_plan(model, args, kwargs, settings, find_target(target), macs_per_byte)
+    with checkpointing_off(model):
+        return make_plan(model, args, kwargs, settings, find_target(target), macs_per_byte)
 
 
 def route(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
+    model: nn.Module | Any,
+    example_inputs: ExampleInputs | None = None,
     config: RoutingConfig | None = None,
     seed: int = 0,
+    *,
+    pipeline_inputs: PipelineInputs = None,
+    component: str | None = None,
 ) -> DiTGraph:
     """The model as a graph with a router around every block that may have one.
 
@@ -137,22 +158,28 @@ def route(
     calibration or a schedule says otherwise. Weights are shared with `model`.
 
     Args:
-        model: any DiT. It is put into evaluation mode for the capture and left as it was.
-        example_inputs: keyword inputs as a dict, or positional ones as a tuple.
+        model: any DiT, or a pipeline of diffusers, which is run for a few steps. The model is put
+            into evaluation mode for the capture and left as it was.
+        example_inputs: keyword inputs as a dict, or positional ones as a tuple; of a pipeline none.
         config: gate, kind of router and so on.
         seed: of the routers' initial weights.
+        pipeline_inputs: of a pipeline: the keyword arguments of its call.
+        component: of a pipeline: the name of the denoiser, where there are several.
 
     Raises:
-        UnsupportedModelError: no block can be routed; says why for each candidate.
+        UnsupportedModelError: no block can be routed, with the reason for each candidate; or hooks,
+            adapters or offloading are attached to the model.
         CaptureError: torch.export cannot trace the model.
     """
     config = config or RoutingConfig()
+    model, example_inputs, _ = _opened(model, example_inputs, pipeline_inputs, component)
+    model = prepared(model, config.fuse_adapters)
     return _route(_captured(model, example_inputs, config), config, seed).module
 
 
 def calibrate(
     routed: DiTGraph,
-    data: TeacherStates | Iterable[Mapping[str, Tensor]] | None = None,
+    data: Data = None,
     *,
     budget: float | str,
     config: CompileConfig | None = None,
@@ -166,8 +193,8 @@ def calibrate(
 
     Args:
         routed: from :func:`route`. With ``train: all`` it gets its own copy of the weights first.
-        data: inputs by name in batches (the dense model answers them), ready teacher states, or
-            None for teacher rollouts.
+        data: inputs by name in batches (the dense model answers them), ready teacher states, an
+            opened pipeline to run, or None for teacher rollouts.
         budget: share of the dense MACs, ``"60%"`` or 0.6.
         config: settings; defaults are in ``config.py``.
         sampler: for rollouts; flow-matching Euler steps by default.
@@ -196,7 +223,7 @@ def calibrate(
         states,
         config.calibration,
         costs,
-        _buckets(config.routing),
+        states.buckets or _buckets(config.routing),
         share,
         folder=folder,
         key=key,
@@ -253,10 +280,12 @@ def export(
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | Any,
     out: str | Path,
     *,
-    example_inputs: ExampleInputs,
+    example_inputs: ExampleInputs | None = None,
+    pipeline_inputs: PipelineInputs = None,
+    component: str | None = None,
     budget: float | str = "60%",
     data: Iterable[Mapping[str, Tensor]] | None = None,
     config: CompileConfig | None = None,
@@ -271,10 +300,14 @@ def compile(
     Every stage that is finished is recorded; the same call goes on where it was interrupted.
 
     Args:
-        model: any DiT, in evaluation mode.
+        model: any DiT, in evaluation mode, or a pipeline of diffusers: its own runs are then the
+            example and the training data.
         out: the artifact's folder, new or from an earlier call.
         example_inputs: keyword inputs as a dict, or positional ones as a tuple. Their batch size is
-            that of the exported graphs.
+            that of the exported graphs. Of a pipeline none.
+        pipeline_inputs: of a pipeline: the keyword arguments of its call, or several such dicts,
+            which take turns.
+        component: of a pipeline: the name of the denoiser, where there are several.
         budget: share of the dense MACs.
         data: see :func:`calibrate`.
         config: settings.
@@ -290,10 +323,15 @@ def compile(
     """
     config = config or CompileConfig()
     share = parse_budget(budget)
+    model, example_inputs, runs = _opened(
+        model, example_inputs, pipeline_inputs, component, config.rollouts.steps
+    )
+    model = prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
     with Workspace(Path(out)) as space:
-        identity = fingerprint(_weights_hash(model), name, _shapes(example_inputs))
+        made_of = [_shapes(example_inputs), runs.identity] if runs else _shapes(example_inputs)
+        identity = fingerprint(_weights_hash(model), name, made_of)
         with space.stage("capture", identity):
             dense = with_batch(
                 _captured(model, example_inputs, config.routing), config.export.batch
@@ -307,7 +345,15 @@ def compile(
             identity, share, config.model_dump(exclude={"export"}), data is not None
         )
         result = _calibrated(
-            space, key, routed, data, share, config, sampler, conditions, progress
+            space,
+            key,
+            routed,
+            runs if data is None else data,
+            share,
+            config,
+            sampler,
+            conditions,
+            progress,
         )
         with space.stage("freeze", key):
             frozen = [graph.program for graph in freeze(routed.module, result)]
@@ -319,10 +365,11 @@ def compile(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )
         with space.stage("benchmark", key):
-            speed = bench.sampling_loops(space.folder, sampler.timesteps)
+            timesteps = list(runs.timesteps) if runs else sampler.timesteps
+            speed = bench.sampling_loops(space.folder, timesteps)
             # One thread has no waiting on others, so this pair shows the arithmetic alone.
             speed["one_thread"] = bench.sampling_loops(
-                space.folder, sampler.timesteps, repeats=3, threads=1
+                space.folder, timesteps, repeats=3, threads=1
             )
         quality = _evaluated(space, key, evaluate)
         report = _reported(space, compiled, config, speed, quality)
@@ -354,7 +401,43 @@ def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:
     )
 
 
+def _opened(
+    model: nn.Module | Any,
+    example_inputs: ExampleInputs | None,
+    pipeline_inputs: PipelineInputs,
+    component: str | None,
+    steps: int = FEW_STEPS,
+) -> tuple[nn.Module, ExampleInputs, PipelineRuns | None]:
+    """The model and its example inputs; of a pipeline its denoiser, and what it was called with."""
+    if isinstance(model, PipelineRuns):
+        return model.model, model.example, model
+    if is_pipeline(model):
+        if example_inputs is not None:
+            raise UsageError(
+                "a pipeline's example inputs are recorded; pass pipeline_inputs= instead of them"
+            )
+        runs = open_pipeline(model, pipeline_inputs, component, steps)
+        return runs.model, runs.example, runs
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}"
+        )
+    if example_inputs is None or pipeline_inputs is not None or component is not None:
+        raise UsageError(
+            f"{type(model).__name__} is a model: it needs example_inputs=; pipeline_inputs= and "
+            "component= are for pipelines"
+        )
+    return model, example_inputs, None
+
+
 def _captured(
+    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
+) -> Program:
+    with checkpointing_off(model):
+        return _found_and_captured(model, example_inputs, config)
+
+
+def _found_and_captured(
     model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
 ) -> Program:
     args, kwargs = _call(example_inputs)
@@ -421,7 +504,7 @@ def _buckets(config: RoutingConfig) -> TimestepBuckets:
 
 def _states(
     program: Program,
-    data: TeacherStates | Iterable[Mapping[str, Tensor]] | None,
+    data: Data,
     config: CompileConfig,
     sampler: Sampler | None,
     conditions: Conditions | None,
@@ -430,7 +513,7 @@ def _states(
 ) -> TeacherStates:
     if isinstance(data, TeacherStates):
         return data
-    if data is not None:
+    if data is not None and not isinstance(data, PipelineRuns):
         return label_states(program, data)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -439,6 +522,15 @@ def _states(
         if progress:
             progress(stage, done, count, {})
 
+    if data is not None:
+        return data.teacher_states(
+            program,
+            config.rollouts,
+            config.routing,
+            config.calibration.seed,
+            folder,
+            shard_done,
+        )
     return roll_out(
         program,
         sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high),
@@ -454,7 +546,7 @@ def _calibrated(
     space: Workspace,
     key: str,
     routed: Program,
-    data: Iterable[Mapping[str, Tensor]] | None,
+    data: Data,
     budget: float,
     config: CompileConfig,
     sampler: Sampler,

@@ -37,11 +37,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 ModelName = Annotated[
     str,
     typer.Argument(
-        help="demo, python:<module>:<factory>, or diffusers:<folder>[#component] (with --inputs)"
+        help="demo, python:<module>:<factory>, or diffusers:<folder>[#component], a pipeline or a model"
     ),
 ]
 Inputs = Annotated[
-    Path | None, typer.Option(help="safetensors with example inputs, one tensor per argument")
+    Path | None,
+    typer.Option(
+        help="safetensors with example inputs, one tensor per argument; of a pipeline: of its call"
+    ),
+]
+PipelineFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--pipeline-inputs",
+        help="YAML or JSON with the arguments of a pipeline's call, or a list of such",
+    ),
 ]
 DEMO_TABLE_STAGES = ("rollouts", "calibrate", "export", "benchmark", "quality")
 
@@ -110,6 +120,7 @@ def compile_(
     config: Config = None,
     set_: Settings = None,
     inputs: Inputs = None,
+    pipeline_inputs: PipelineFile = None,
 ) -> None:
     """Compile a model: capture, route, calibrate, freeze, export, validate, benchmark, report."""
     import diffcr_compile as dcr
@@ -119,7 +130,7 @@ def compile_(
         demo(out, budget, config, set_)
         return
     settings = _settings(config, set_)
-    case = load_case(model, inputs)
+    case = load_case(model, inputs, pipeline_inputs, settings.rollouts.steps)
     started = time.monotonic()
     with _progress() as progress:
         artifact = dcr.compile(
@@ -139,6 +150,7 @@ def compile_(
 def inspect(
     model: ModelName,
     inputs: Inputs = None,
+    pipeline_inputs: PipelineFile = None,
     target: Annotated[
         str, typer.Option(help="device: ort-cpu, orin-jp6, thor-jp7 or rtx")
     ] = "ort-cpu",
@@ -153,14 +165,18 @@ def inspect(
     from diffcr_compile.planning.plan_text import plan_text
     from diffcr_compile.sources import load_case
 
-    case = load_case(model, inputs)
+    case = load_case(model, inputs, pipeline_inputs)
     plan = dcr.inspect(case.model, case.inputs, target=target, macs_per_byte=macs_per_byte)
     given = str(inputs) if inputs else None
+    source = f"{model} --pipeline-inputs {pipeline_inputs}" if pipeline_inputs else model
     if as_json:
-        print(json.dumps(plan.to_json(model, given), indent=1))
+        print(json.dumps(plan.to_json(source, given), indent=1))
         return
     console.print(
-        plan_text(plan, case.name, model, given), markup=False, highlight=False, soft_wrap=True
+        plan_text(plan, case.name, source, given),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -57,6 +57,10 @@ class RoutingConfig(_Section):
         le=1,
         description="a block that would keep more than this keeps all: routing costs about as much as it saves",
     )
+    fuse_adapters: bool = Field(
+        default=False,
+        description="adapters (LoRA) on the model are fused into a copy of its weights; else they are refused",
+    )
 
 
 class RolloutConfig(_Section):
@@ -65,6 +69,14 @@ class RolloutConfig(_Section):
     trajectories: int = Field(default=192, ge=1, description="sampled images")
     steps: int = Field(default=20, ge=1, description="sampling steps of each trajectory")
     batch: int = Field(default=32, ge=1, description="trajectories that run together")
+    pipeline_runs: int = Field(
+        default=16, ge=1, description="runs of a pipeline, where the model comes with one"
+    )
+    max_gib: float = Field(
+        default=8.0,
+        gt=0,
+        description="memory and disk that the records of these runs may take",
+    )
 
 
 class CalibrationConfig(_Section):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from diffcr_compile.calibrate.data import Conditions
+from diffcr_compile.calibrate.pipelines import FEW_STEPS, PipelineRuns, open_pipeline
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.vector_math import settle_vector_math
 
@@ -22,24 +26,32 @@ class Case:
     """A model with what the compiler needs beside it.
 
     Attributes:
-        model: in evaluation mode.
-        inputs: example inputs.
+        model: in evaluation mode; or a pipeline, opened.
+        inputs: example inputs; None of a pipeline, which has its own.
         conditions: draws the inputs of rollouts, see ``api.calibrate``; None for the example's.
         name: for reports.
     """
 
-    model: nn.Module
+    model: nn.Module | PipelineRuns
     inputs: Any
     conditions: Conditions | None
     name: str
 
 
-def load_case(source: str, inputs: Path | None) -> Case:
+def load_case(
+    source: str,
+    inputs: Path | None,
+    pipeline_inputs: Path | None = None,
+    steps: int = FEW_STEPS,
+) -> Case:
     """The model that a MODEL argument names.
 
     Args:
         source: ``demo``, ``python:<module>:<factory>`` or ``diffusers:<folder>[#component]``.
-        inputs: safetensors with example inputs; needed for ``diffusers:`` only.
+        inputs: safetensors; for a single model of ``diffusers:`` its example inputs, for a pipeline
+            those arguments of its call that are tensors.
+        pipeline_inputs: YAML or JSON with the arguments of a pipeline's call, or a list of such dicts.
+        steps: sampling steps of a pipeline, where the arguments name none.
 
     Raises:
         UsageError: the source cannot be understood or found.
@@ -51,7 +63,7 @@ def load_case(source: str, inputs: Path | None) -> Case:
     if kind == "python" and rest.count(":") == 1:
         return _python_case(*rest.split(":"))
     if kind == "diffusers" and rest:
-        return _diffusers_case(rest, inputs)
+        return _diffusers_case(rest, inputs, pipeline_inputs, steps)
     raise UsageError(
         f"MODEL must be demo, python:<module>:<factory> or diffusers:<folder>[#component], got {source!r}"
     )
@@ -87,28 +99,86 @@ def _python_case(module_name: str, factory_name: str) -> Case:
     return Case(made[0].eval(), made[1], made[2] if len(made) == 3 else None, factory_name)
 
 
-def _diffusers_case(rest: str, inputs: Path | None) -> Case:
-    folder, _, component = rest.partition("#")
-    if inputs is None:
+def _diffusers_case(
+    rest: str, inputs: Path | None, pipeline_inputs: Path | None, steps: int
+) -> Case:
+    name, _, component = rest.partition("#")
+    folder = Path(name)
+    if not folder.is_dir():
         raise UsageError(
-            "diffusers: needs --inputs, a safetensors file with one tensor per argument of forward"
+            f"the folder {folder} does not exist; models are read from disk only "
+            "(a single model with --inputs, a pipeline with --pipeline-inputs)"
         )
-    if not Path(folder).is_dir():
-        raise UsageError(f"the folder {folder} does not exist; models are read from disk only")
-    if not inputs.is_file():
-        raise UsageError(f"the file {inputs} does not exist")
-    model = _load_component(Path(folder), component)
-    tensors: Mapping[str, Any] = load_file(inputs)
-    return Case(model.eval(), dict(tensors), None, f"{type(model).__name__} from {folder}")
+    tensors = _read_tensors(inputs)
+    if (folder / "model_index.json").exists() and (pipeline_inputs or inputs is None):
+        runs = open_pipeline(
+            _load_pipeline(folder), _calls(pipeline_inputs, tensors), component or None, steps
+        )
+        return Case(runs, None, None, f"{type(runs.model).__name__} from {folder}")
+    if inputs is None or pipeline_inputs is not None:
+        raise UsageError(
+            f"{folder} is a single model: it needs --inputs, a safetensors file with one tensor per "
+            "argument of forward; --pipeline-inputs is for pipelines"
+        )
+    model = _load_component(folder, component)
+    return Case(model.eval(), tensors, None, f"{type(model).__name__} from {folder}")
+
+
+def _read_tensors(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise UsageError(f"the file {path} does not exist")
+    return dict(load_file(path))
+
+
+def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The arguments of a pipeline's call, or of several, each with the tensors."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"the file {path} does not exist")
+    try:
+        found = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is neither YAML nor JSON: {error}") from error
+    calls = [found] if isinstance(found, dict) else found
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UsageError(
+            f"{path} must hold the arguments of the pipeline's call by name, or a list of such, "
+            f"found {type(found).__name__}"
+        )
+    return [{**call, **tensors} for call in calls]
+
+
+def _load_pipeline(folder: Path) -> Any:
+    """A pipeline from disk; a component that was not saved is None."""
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = getattr(
+        importlib.import_module("diffusers"), index["_class_name"], DiffusionPipeline
+    )
+    expected = {*inspect.signature(kind.__init__).parameters} - {"self", "args", "kwargs"}
+    named = {name for name, value in index.items() if isinstance(value, list)}
+    absent = {
+        n: None for n in named | expected if not (folder / n).exists() and n not in index
+    }
+    absent |= {n: None for n in named if index[n][0] is None}
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **absent)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(
+            f"{folder} is no pipeline that diffusers can load here: {error}"
+        ) from error
 
 
 def _load_component(folder: Path, component: str) -> nn.Module:
-    from diffusers import AutoModel, DiffusionPipeline
+    from diffusers import AutoModel
 
     try:
         if (folder / "model_index.json").exists():
-            pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
-            model = getattr(pipeline, component or "transformer", None)
+            model = getattr(_load_pipeline(folder), component or "transformer", None)
         else:
             model = AutoModel.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:

@@ -222,7 +222,7 @@ def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> P
         raise AccuracyError(
             f"bucket {bucket}: ONNX Runtime differs from FROZEN by {row.max_abs:.1e} (relative L2 "
             f"{row.rel_l2:.1e}, {row.non_finite} values NaN or infinite), allowed {tolerance:.0e}. "
-            "Check that timestep_high is the model's own (1 for FLUX, 1000 for most): sines of far "
+            "Check that timestep_high is the model's own (1 for some, 1000 for most): sines of far "
             "too large timesteps differ between executors. Two tokens of nearly equal score may "
             "also swap at the cut; then raise parity_tolerance. Else a graph is wrong: report it."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -26,6 +27,50 @@ EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "report", "quality", "dev"}
 UNPINNED = {"onnxruntime-gpu", "tensorrt"}
 # below these, "the folder above the checkout" says nothing about a person's machine
 SYSTEM_FOLDERS = {"/", "/bin", "/etc", "/opt", "/srv", "/usr", "/var"}
+# what finds blocks, rewrites graphs and exports them must not know a model
+MODEL_FREE = [
+    "capture",
+    "legality",
+    "streams",
+    "trial",
+    "residual",
+    "recorded",
+    "blocks",
+    "block_calls",
+    "trace",
+    "fold",
+]
+# families of models; a word such as "latte" or "bria" would do as well, and the classes cover those
+FAMILIES = [
+    "allegro",
+    "aura_?flow",
+    "bria",
+    "chroma",
+    "cogvideo(?:x)?",
+    "cogview\\d?",
+    "consisid",
+    "cosmos",
+    "easyanimate",
+    "flux\\d?",
+    "helios",
+    "hidream",
+    "hunyuan\\w*",
+    "kandinsky\\d?",
+    "krea\\d?",
+    "latte",
+    "ltx\\d?",
+    "lumina\\d?",
+    "mochi",
+    "omnigen",
+    "pixart",
+    "qwen\\w*",
+    "sana",
+    "sd3",
+    "skyreels",
+    "stable_?audio",
+    "wan2?",
+    "z_?image",
+]
 
 
 def _load_pyproject() -> dict[str, Any]:
@@ -272,3 +317,58 @@ def test_no_file_names_a_persons_machine() -> None:
         if pattern.search(line)
     ]
     assert found == []
+
+
+@functools.cache
+def _model_classes() -> list[str]:
+    """Names of all modules that diffusers' transformers define: models and their blocks."""
+    folder = Path(importlib.import_module("diffusers.models.transformers").__path__[0])
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    shared = (folder.parent / "attention.py").read_text(encoding="utf-8")
+    blocks = re.findall(r"^class (\w+Block)\(", shared, re.MULTILINE)
+    return sorted({*re.findall(r"^class (\w+)\(", text, re.MULTILINE), *blocks})
+
+
+def _named_models(text: str) -> list[str]:
+    classes = re.findall(r"\b(?:" + "|".join(_model_classes()) + r")\b", text)
+    # `_` joins words in code: wan_blocks names a family, swan_song and "wander" do not
+    start, end = r"(?<![a-z0-9])", r"(?![a-z0-9])"
+    families = re.findall(f"{start}(?:{'|'.join(FAMILIES)}){end}", text, re.IGNORECASE)
+    return classes + families
+
+
+def test_what_rewrites_graphs_names_no_model() -> None:
+    package = ROOT / "diffcr_compile"
+    files = [package / f"{name}.py" for name in MODEL_FREE]
+    files += [*(ROOT / "passes").glob("*.py"), *(ROOT / "export").glob("*.py")]
+    assert len(files) > len(MODEL_FREE) + 10
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {name}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        for name in _named_models(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# as FLUX does",
+        "if type(model).__name__ == 'WanTransformer3DModel':",
+        "class JointTransformerBlock",
+        "wan_blocks = 3",
+        "of Sana's linear attention",
+        "CogVideoX",
+        "the hunyuan family",
+    ],
+)
+def test_a_model_that_is_named_is_found(text: str) -> None:
+    assert _named_models(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["we wander", "an influx", "sanatorium", "transformer_blocks.0"]
+)
+def test_other_words_are_no_models(text: str) -> None:
+    assert _named_models(text) == []

@@ -34,11 +34,13 @@ class TeacherStates:
         inputs: placeholder name -> (M, ...); inputs without a batch axis stand as they are.
         target: (M, ...) output of the dense model.
         timesteps: (M,) value of the timestep input of each state.
+        buckets: timestep buckets that fit these states; None for those of the settings.
     """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
     timesteps: Tensor
+    buckets: TimestepBuckets | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -131,10 +133,10 @@ def roll_out(
             generator = torch.Generator().manual_seed(seed * 100_003 + shard)
             shards.append(_one_shard(program, sampler, conditions, generator, size))
             if path is not None:
-                _save_atomic(shards[-1], path)
+                save_atomic(shards[-1], path)
         if progress:
             progress("rollouts", shard + 1, count)
-    return _join(program, shards)
+    return join_shards(program, shards)
 
 
 def _one_shard(
@@ -174,7 +176,16 @@ def _one_shard(
     }
 
 
-def _join(program: Program, shards: list[dict[str, Tensor]]) -> TeacherStates:
+def join_shards(
+    program: Program,
+    shards: list[dict[str, Tensor]],
+    buckets: TimestepBuckets | None = None,
+) -> TeacherStates:
+    """Shards with ``input.<name>``, ``target`` and ``timesteps`` as one.
+
+    Raises:
+        UsageError: an input without a batch axis differs between them.
+    """
     batched = batched_inputs(program)
     names = [key.removeprefix("input.") for key in shards[0] if key.startswith("input.")]
     inputs = {
@@ -183,12 +194,19 @@ def _join(program: Program, shards: list[dict[str, Tensor]]) -> TeacherStates:
         else shards[0][f"input.{name}"]
         for name in names
     }
+    for name in set(names) - batched:
+        if not all(torch.equal(s[f"input.{name}"], inputs[name]) for s in shards):
+            raise UsageError(
+                f"the input {name} has no batch axis and differs between rollouts; states with "
+                "different ones cannot be trained on together"
+            )
     timesteps = torch.cat([s["timesteps"] for s in shards])
     timestep = program.timestep_input
     assert timestep is not None
-    example = program.example[timestep]
-    inputs[timestep] = timesteps.to(example.dtype).reshape(-1, *(1,) * (example.ndim - 1))
-    return TeacherStates(inputs, torch.cat([s["target"] for s in shards]), timesteps)
+    if timestep not in inputs:
+        example = program.example[timestep]
+        inputs[timestep] = timesteps.to(example.dtype).reshape(-1, *(1,) * (example.ndim - 1))
+    return TeacherStates(inputs, torch.cat([s["target"] for s in shards]), timesteps, buckets)
 
 
 @torch.no_grad()
@@ -241,7 +259,7 @@ def _check_batch(program: Program, tensors: Mapping[str, Tensor], number: int) -
             raise UsageError(f"calibration batch {number}: {name} holds NaN or infinity")
 
 
-def _save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
+def save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary)
     os.replace(temporary, path)

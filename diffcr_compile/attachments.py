@@ -1,0 +1,194 @@
+"""What hangs on a model that a graph would lose or apply twice: adapters, hooks, offloading.
+
+A graph is cut out of the modules' own computation. Whatever others put around it at run time (a cache
+that skips blocks, a hook that moves weights, an adapter that may be switched off) is either missing in
+the graph or frozen into it, so it is refused by name, with the call that takes it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from diffcr_compile.errors import UnsupportedModelError
+
+SHOWN = 3
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+}
+
+
+def prepared(model: nn.Module, fuse_adapters: bool = False) -> nn.Module:
+    """The model as it may be captured: itself, or a copy with its adapters fused into the weights.
+
+    Args:
+        model: the user's model; it is not changed.
+        fuse_adapters: fuse adapters on a copy instead of refusing them.
+
+    Raises:
+        UnsupportedModelError: something is attached that a graph would lose; names it and the fix.
+    """
+    for check in (_check_offload, _check_libraries, _check_hooks, _check_forward):
+        check(model)
+    layers = _adapter_layers(model)
+    if not layers and not getattr(model, "peft_config", None):
+        return model
+    if not fuse_adapters:
+        _refuse_adapters(model, layers)
+    return _fused(model)
+
+
+@contextlib.contextmanager
+def checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing is off while the context lasts: a graph cannot hold it."""
+    switched = [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", None) is True
+    ]
+    for module in switched:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _check_offload(model: nn.Module) -> None:
+    """Weights that are partly not there are moved in by somebody; a whole model on meta is a dry run."""
+    tensors = dict(model.named_parameters())
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta and len(meta) < len(tensors):
+        raise UnsupportedModelError(
+            f"{len(meta)} of {len(tensors)} weights of {type(model).__name__} are on the meta device "
+            f"({_some(meta)}): they are offloaded. Load the model without device_map and without "
+            "offloading (pipe.remove_all_hooks(), model.to(device)), then try again."
+        )
+    found = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if found:
+        kind = type(model.get_submodule(found[0])._hf_hook).__name__
+        raise UnsupportedModelError(
+            f"accelerate has put a hook ({kind}) around {_some(found)}, for offloading or for a "
+            "device_map; a graph would lose it. Take it off with pipe.remove_all_hooks() (or "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)) and model.to(device)."
+        )
+
+
+def _check_libraries(model: nn.Module) -> None:
+    """The hook registry of diffusers: caches, casting, group offloading."""
+    found = []
+    for name, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        found += [(name, hook) for hook in getattr(registry, "hooks", {})]
+    if not found:
+        return
+    hooks = sorted({hook for _, hook in found})
+    if any("layerwise" in hook or "autocast" in hook for hook in hooks):
+        fix = "load the model anew without enable_layerwise_casting(): it has no way back"
+    elif any("offload" in hook for hook in hooks):
+        fix = "load the model anew without enable_group_offload(), and model.to(device)"
+    else:
+        fix = (
+            "model.disable_cache(), or for each name model._diffusers_hook.remove_hook(name, "
+            "recurse=True)"
+        )
+    raise UnsupportedModelError(
+        f"hooks of diffusers are on {type(model).__name__}: {', '.join(hooks)}, around "
+        f"{_some([name for name, _ in found])}. A graph would lose what they do. Take them off: {fix}."
+    )
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """Hooks of torch; whether one has an effect cannot be seen from outside."""
+    found = [
+        f"{kind} {_origin(hook)} on {name or 'the model itself'}"
+        for name, module in model.named_modules()
+        for attribute, kind in _HOOKS.items()
+        for hook in getattr(module, attribute).values()
+    ]
+    if found:
+        raise UnsupportedModelError(
+            f"{len(found)} hooks are on modules of {type(model).__name__}: {_some(found, '; ')}. "
+            "Whether they change what the model computes cannot be told, and a graph loses them. Call "
+            ".remove() on the handle that register_forward_hook or register_forward_pre_hook returned, "
+            "or switch off the library (cache, profiler) that put them there."
+        )
+
+
+def _check_forward(model: nn.Module) -> None:
+    """``module.forward = ...`` on one object, as libraries that cache do it."""
+    found = [
+        f"{name or 'the model itself'} (by {_origin(vars(module)['forward'])})"
+        for name, module in model.named_modules()
+        if "forward" in vars(module) and not _is_own(module)
+    ]
+    if found:
+        raise UnsupportedModelError(
+            f"forward was replaced on single modules: {_some(found)}. Libraries that cache or patch a "
+            "model do so. Switch the library off (`del module.forward` restores the class's own), or "
+            "load the model anew."
+        )
+
+
+def _is_own(module: nn.Module) -> bool:
+    """What diffusers' registry leaves behind when its hooks are removed: the method itself, bound."""
+    own = vars(module)["forward"]
+    same_function = getattr(own, "__func__", None) is getattr(type(module), "forward", None)
+    return same_function and getattr(own, "__self__", None) is module
+
+
+def _adapter_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that wrap another one with low-rank (or other) adapters."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (hasattr(module, "lora_A") and hasattr(module, "lora_B"))
+        or (hasattr(module, "merge") and hasattr(module, "active_adapters"))
+    ]
+
+
+def _refuse_adapters(model: nn.Module, layers: Sequence[str]) -> None:
+    where = f"on {_some(layers)}" if layers else "in its peft_config"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has adapters (LoRA) {where}. A graph has one set of weights, so fuse "
+        "them first: pipe.fuse_lora() and pipe.unload_lora_weights(), or model.merge_and_unload() of "
+        "peft; or set routing.fuse_adapters: true, which fuses them on a copy."
+    )
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(model)
+    for name in _adapter_layers(fused):
+        layer: Any = fused.get_submodule(name)
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
+        if base is None:
+            base = getattr(layer, "base_layer", None)
+        if not isinstance(base, nn.Module) or not hasattr(layer, "merge"):
+            raise UnsupportedModelError(
+                f"the adapter layer {name} ({type(layer).__name__}) has no merge() and base_layer, so it "
+                "cannot be fused here; fuse it with the library that made it, or take it off"
+            )
+        if not getattr(layer, "merged", False):
+            layer.merge()
+        fused.set_submodule(name, base)
+    if hasattr(fused, "peft_config"):
+        del fused.peft_config
+    return fused
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    """Library and name of a function, as far as they are known."""
+    inner = getattr(function, "func", function)  # functools.partial
+    module = getattr(inner, "__module__", None) or type(inner).__module__
+    name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
+    return f"{module}.{name}"
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    shown = [name or "the model itself" for name in names[:SHOWN]]
+    rest = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(shown) + rest

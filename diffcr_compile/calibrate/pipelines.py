@@ -1,0 +1,486 @@
+"""A pipeline as input: which component denoises, what it is called with, and its calls as training data.
+
+Nothing here knows a model. The pipeline is run as its user runs it, with hooks around its components;
+the one that is called at every step is the denoiser, and what it is called with are its inputs: sample,
+timestep and conditions as the pipeline's own scheduler and guidance make them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffcr_compile.blocks import get_leaf, leaves, map_leaves
+from diffcr_compile.calibrate.data import (
+    TeacherStates,
+    batched_inputs,
+    join_shards,
+    save_atomic,
+)
+from diffcr_compile.capture import TIMESTEP_NAMES
+from diffcr_compile.config import RolloutConfig, RoutingConfig
+from diffcr_compile.errors import DiffCRError, ResourceError, UnsupportedModelError, UsageError
+from diffcr_compile.program import Program, batch_size
+from diffcr_compile.schedule import TimestepBuckets
+from diffcr_compile.signature import bind_call, same_constant, split_leaves
+
+Inputs = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+FEW_STEPS = 3  # enough to see what changes between steps
+# An expanded timestep must give the same output; other kernels may round otherwise.
+SAME_OUTPUT = 1e-4
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser, by parameter name, and the first tensor of its answer."""
+
+    inputs: dict[str, Any]
+    output: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineRuns:
+    """A pipeline that can be run again and again, with its denoiser found.
+
+    Attributes:
+        pipe: the pipeline.
+        inputs: keyword arguments of the pipeline's call, one dict per kind of run; they take turns.
+        component: name of the denoiser among the pipeline's components.
+        model: the denoiser.
+        example: inputs of its first call, by parameter name.
+        timestep: which of them is the timestep; None if it could not be told.
+        timesteps: the values that the timestep takes, in sampling order.
+        steps: sampling steps of a run whose inputs name none.
+        bytes_per_run: what the records of one run take.
+    """
+
+    pipe: Any
+    inputs: tuple[Inputs, ...]
+    component: str
+    model: nn.Module
+    example: dict[str, Any]
+    timestep: str | None
+    timesteps: tuple[float, ...]
+    steps: int
+    bytes_per_run: int
+
+    @property
+    def identity(self) -> Any:
+        """What the records depend on, beside the weights: scheduler, call arguments, timesteps."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        settings = json.dumps(dict(getattr(scheduler, "config", {})), default=repr)
+        given = [{k: _digest(v) for k, v in run.items()} for run in self.inputs]
+        return [type(scheduler).__name__, settings, given, self.component, self.timesteps]
+
+    def buckets(self, config: RoutingConfig) -> TimestepBuckets | None:
+        """Timestep buckets with equally many sampling steps; None where the settings name a range."""
+        if {"timestep_low", "timestep_high"} & config.model_fields_set:
+            return None
+        return equal_steps(self.timesteps, config.buckets)
+
+    def teacher_states(
+        self,
+        program: Program,
+        config: RolloutConfig,
+        routing: RoutingConfig,
+        seed: int,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> TeacherStates:
+        """Run the pipeline and keep every call of the denoiser, with the dense model's answer.
+
+        Args:
+            program: CAPTURED or ROUTED; says how the calls become graph inputs.
+            config: how many runs, and how much memory they may take.
+            routing: number of timestep buckets.
+            seed: of the noise.
+            folder: where finished runs are kept, so that an interrupted call goes on; None for none.
+            progress: called with ("rollouts", done, all).
+
+        Raises:
+            ResourceError: the records would take more than ``rollouts.max_gib``.
+            UsageError: calls differ in more than tensor values.
+        """
+        needed = config.pipeline_runs * self.bytes_per_run / GIB
+        if needed > config.max_gib:
+            raise ResourceError(
+                f"{config.pipeline_runs} runs of the pipeline would take {needed:.2f} GiB of states, "
+                f"rollouts.max_gib allows {config.max_gib:g}. Set rollouts.pipeline_runs to at most "
+                f"{int(config.max_gib * GIB // self.bytes_per_run)}, or allow more."
+            )
+        shards = []
+        for run in range(config.pipeline_runs):
+            path = folder / f"rollouts_{run:04d}.safetensors" if folder else None
+            if path is not None and path.exists():
+                shards.append(load_file(path))
+            else:
+                shards.append(self._shard(program, run, seed))
+                if path is not None:
+                    save_atomic(shards[-1], path)
+            if progress:
+                progress("rollouts", run + 1, config.pipeline_runs)
+        return join_shards(program, shards, self.buckets(routing))
+
+    def _shard(self, program: Program, run: int, seed: int) -> dict[str, Tensor]:
+        """The calls of one run, joined along the batch."""
+        calls: list[DenoiserCall] = []
+        with watching(
+            {self.component: self.model}, self.timestep, lambda _, c: calls.append(c)
+        ):
+            run_pipeline(
+                self.pipe,
+                self.inputs[run % len(self.inputs)],
+                self.steps,
+                seed * 100_003 + run,
+            )
+        batched, timestep = batched_inputs(program), program.timestep_input
+        if timestep not in batched:
+            raise UsageError(
+                f"the timestep input {timestep!r} has no batch axis and the model gives another answer "
+                "with one; states of several timesteps cannot be trained on together"
+            )
+        collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
+        for call in calls:
+            tensors = _graph_inputs(program, call.inputs)
+            for name, tensor in tensors.items():
+                collected[name].append(tensor)
+                if name not in batched and not torch.equal(tensor, collected[name][0]):
+                    raise UsageError(
+                        f"the input {name} {tuple(tensor.shape)} has no batch axis and changes between "
+                        "calls; states with different ones cannot be trained on together"
+                    )
+        inputs = {n: torch.cat(t) if n in batched else t[0] for n, t in collected.items()}
+        assert timestep is not None
+        if inputs[timestep][0].numel() != 1:
+            raise UsageError(
+                f"{timestep} has {inputs[timestep][0].numel()} values per sample; a timestep bucket "
+                "needs one value per sample"
+            )
+        return {
+            **{f"input.{n}": t.contiguous() for n, t in inputs.items()},
+            "target": torch.cat([call.output for call in calls]),
+            "timesteps": inputs[timestep].float().flatten().clone(),  # files hold no views
+        }
+
+
+def is_pipeline(value: object) -> bool:
+    """Whether it looks like a pipeline of diffusers: callable, with named components, no module."""
+    if isinstance(value, nn.Module) or not callable(value):
+        return False
+    return isinstance(getattr(value, "components", None), Mapping)
+
+
+def open_pipeline(
+    pipe: Any,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    component: str | None = None,
+    steps: int = FEW_STEPS,
+) -> PipelineRuns:
+    """Run a pipeline once, find its denoiser and what it is called with.
+
+    Args:
+        pipe: the pipeline.
+        inputs: keyword arguments of its call, or several such dicts (several prompts); None for a
+            short prompt and the pipeline's own defaults.
+        component: name of the denoiser, where there are several.
+        steps: sampling steps, where `inputs` name none.
+
+    Raises:
+        UsageError: the pipeline does not run on `inputs`, or `component` must be named.
+        UnsupportedModelError: what a graph takes as constants changes between calls.
+    """
+    runs = _as_runs(pipe, inputs)
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    if component is not None and component not in modules:
+        raise UsageError(
+            f"the pipeline has no component {component!r} that is a model; it has {sorted(modules)}"
+        )
+    first: dict[str, DenoiserCall] = {}
+    count = dict.fromkeys(modules, 0)
+    times: dict[str, list[float]] = {name: [] for name in modules}
+
+    def note(name: str, call: DenoiserCall) -> None:
+        _check_alike(name, first.setdefault(name, call), call, component)
+        count[name] += 1
+        timestep = timestep_name(call.inputs)
+        if timestep is not None:
+            times[name].append(float(call.inputs[timestep].flatten()[0]))
+
+    with watching(modules, None, note):
+        run_pipeline(pipe, runs[0], steps, seed=0)
+    wanted = int(runs[0].get("num_inference_steps", steps))
+    chosen = component or _denoiser(modules, first, count, wanted)
+    if chosen not in first:
+        raise UsageError(f"the pipeline never calls its component {chosen!r} on these inputs")
+    model, example = modules[chosen], first[chosen].inputs
+    timestep = timestep_name(example)
+    if timestep is not None:
+        example = _with_batched_timestep(model, first[chosen], timestep)
+    return PipelineRuns(
+        pipe,
+        runs,
+        chosen,
+        model,
+        example,
+        timestep,
+        tuple(dict.fromkeys(times[chosen])),
+        steps,
+        count[chosen] * _bytes(first[chosen]),
+    )
+
+
+@contextlib.contextmanager
+def watching(
+    modules: Mapping[str, nn.Module],
+    batched_timestep: str | None,
+    note: Callable[[str, DenoiserCall], None],
+) -> Iterator[None]:
+    """Call ``note(name, call)`` after each call of one of `modules`, with copies of its tensors."""
+    under_way: dict[str, dict[str, Any]] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            # before the call, because a model may write into its inputs
+            under_way[name] = _by_name(module, args, kwargs)
+
+        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            found = [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, Tensor)]
+            if not found:
+                return
+            inputs = under_way.pop(name)
+            if batched_timestep is not None:
+                inputs[batched_timestep] = _one_per_sample(inputs, batched_timestep)
+            note(name, DenoiserCall(inputs, found[0].detach().clone()))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_pipeline(pipe: Any, inputs: Inputs, steps: int, seed: int) -> Any:
+    """Call the pipeline, without its progress bar and, where it can, without decoding.
+
+    Raises:
+        UsageError: it fails; says what it takes.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    call = dict(inputs)
+    optional = {
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    call.update({k: v for k, v in optional.items() if k in parameters and k not in call})
+    bar = getattr(pipe, "_progress_bar_config", None)
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
+        return pipe(**call)
+    except DiffCRError:
+        raise
+    except Exception as error:
+        names = [n for n in parameters if n not in ("self", "kwargs", "callback")]
+        raise UsageError(
+            f"{type(pipe).__name__} does not run on {sorted(inputs) or 'its defaults'}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Pass pipeline_inputs= (on "
+            "the command line --pipeline-inputs file.yaml, tensors in --inputs file.safetensors) with "
+            f"what its call needs, such as prompt or prompt_embeds, height, width; it takes {names}"
+        ) from error
+    finally:
+        if hasattr(pipe, "_progress_bar_config") or bar is not None:
+            pipe._progress_bar_config = bar or {}
+
+
+def equal_steps(timesteps: Sequence[float], count: int) -> TimestepBuckets:
+    """`count` buckets with equally many of these timesteps, weighted by their share.
+
+    Raises:
+        UsageError: fewer timesteps than buckets, or none is known.
+    """
+    values = sorted(set(timesteps))
+    if not values:
+        raise UsageError(
+            "the range of the timesteps cannot be told: the denoiser is called without an input named "
+            f"one of {', '.join(TIMESTEP_NAMES)}. Set routing.timestep_low and routing.timestep_high."
+        )
+    if len(values) < count:
+        raise UsageError(
+            f"the pipeline ran at {len(values)} timesteps, fewer than routing.buckets = {count}. Sample "
+            "with more steps (num_inference_steps), or set fewer buckets."
+        )
+    groups = [list(group) for group in np.array_split(values, count)]
+    inner = [(a[-1] + b[0]) / 2 for a, b in itertools.pairwise(groups)]
+    low = 0.0 if values[0] > 0 else values[0] - 1.0  # a bucket is (low, high]
+    weights = tuple(len(group) / len(values) for group in groups)
+    return TimestepBuckets((low, *map(float, inner), float(values[-1])), weights)
+
+
+def timestep_name(inputs: Mapping[str, Any]) -> str | None:
+    """Which of the inputs is the timestep; None if none is called like one."""
+    return next(
+        (n for n in inputs if n in TIMESTEP_NAMES and isinstance(inputs[n], Tensor)), None
+    )
+
+
+def _as_runs(pipe: Any, inputs: Inputs | Sequence[Inputs] | None) -> tuple[Inputs, ...]:
+    if inputs is None:
+        takes_prompt = "prompt" in inspect.signature(type(pipe).__call__).parameters
+        return ({"prompt": "a photograph of a cat"} if takes_prompt else {},)
+    runs = (inputs,) if isinstance(inputs, Mapping) else tuple(inputs)
+    if not runs or not all(isinstance(run, Mapping) for run in runs):
+        raise UsageError(
+            "pipeline inputs must be a dict of the pipeline's keyword arguments, or a list of such "
+            f"dicts, got {type(inputs).__name__}"
+        )
+    return runs
+
+
+def _denoiser(
+    modules: Mapping[str, nn.Module],
+    first: Mapping[str, DenoiserCall],
+    count: Mapping[str, int],
+    steps: int,
+) -> str:
+    """The component that is called at every step; alone of its class."""
+    timed = [name for name, call in first.items() if timestep_name(call.inputs)]
+    calls_of: dict[type, int] = {}  # by class: two models may share the steps between them
+    for name in timed or first:
+        calls_of[type(modules[name])] = calls_of.get(type(modules[name]), 0) + count[name]
+    kinds = [kind for kind, calls in calls_of.items() if calls >= steps]
+    alike = [name for name, module in modules.items() if type(module) in kinds]
+    if len(alike) == 1:
+        return alike[0]
+    called = ", ".join(f"{name} ({calls} calls)" for name, calls in count.items())
+    found = f"several components that may be the denoiser ({', '.join(alike)})"
+    raise UsageError(
+        f"the pipeline has {found if alike else 'no denoiser'}; in {steps} steps it called {called}. "
+        "Name one: component= in Python, diffusers:<folder>#<name> on the command line."
+    )
+
+
+def _check_alike(
+    name: str, first: DenoiserCall, call: DenoiserCall, component: str | None
+) -> None:
+    """A graph fixes shapes and everything that is no tensor; they must not change from call to call."""
+    if component not in (None, name) or timestep_name(call.inputs) is None:
+        return  # a text encoder may be called with what it likes
+    one, two = dict(leaves(first.inputs)), dict(leaves(call.inputs))
+    for path in {**one, **two}:
+        before, now = one.get(path), two.get(path)
+        if (
+            isinstance(before, Tensor)
+            and isinstance(now, Tensor)
+            and before.shape == now.shape
+        ):
+            continue
+        if not isinstance(before, Tensor) and same_constant(now, before):
+            continue
+        shown = [
+            str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in (before, now)
+        ]
+        raise UnsupportedModelError(
+            f"the pipeline calls {name} with {'.'.join(map(str, path))} = {shown[0]} and later {shown[1]}; a graph "
+            "takes tensors of one shape, and everything else is fixed in it. For prompts of different "
+            "length pad them to one (or max_sequence_length)."
+        )
+
+
+def _by_name(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    parameters, bound = bind_call(module, args, kwargs)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+    copies: dict[str, Any] = map_leaves(
+        bound, lambda _, t: t.detach().clone() if isinstance(t, Tensor) else t
+    )
+    return copies
+
+
+def _with_batched_timestep(
+    model: nn.Module, call: DenoiserCall, timestep: str
+) -> dict[str, Any]:
+    """The inputs with one timestep per sample, if the model gives the same answer then."""
+    given = call.inputs[timestep]
+    expanded = {**call.inputs, timestep: _one_per_sample(call.inputs, timestep)}
+    if expanded[timestep].shape == given.shape:
+        return call.inputs
+    try:
+        with torch.no_grad():
+            output = pytree.tree_leaves(_plain(model(**expanded)))[0]
+    except Exception:  # noqa: BLE001 - whatever it raises, the model does not take it so
+        return call.inputs
+    scale = call.output.abs().max().clamp_min(1e-30)
+    same = output.shape == call.output.shape and bool(
+        (output - call.output).abs().max() <= SAME_OUTPUT * scale
+    )
+    return expanded if same else call.inputs
+
+
+def _one_per_sample(inputs: Mapping[str, Any], timestep: str) -> Tensor:
+    given: Tensor = inputs[timestep]
+    tensors, _ = split_leaves(inputs)
+    batch = batch_size({str(path): get_leaf(inputs, path) for path in tensors})
+    if given.ndim > 0 and given.shape[0] == batch:
+        return given
+    if given.ndim > 0 and given.shape[0] != 1:
+        return given
+    rows = given.reshape(1, *given.shape[1:]) if given.ndim else given.reshape(1)
+    return rows.expand(batch, *rows.shape[1:]).clone()
+
+
+def _graph_inputs(program: Program, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors = program.signature.tensors((), inputs)
+    batched = batched_inputs(program)
+    for name, tensor in tensors.items():
+        skip = 1 if name in batched else 0
+        if tensor.shape[skip:] != program.example[name].shape[skip:]:
+            raise UsageError(
+                f"a run of the pipeline calls the denoiser with {name} {tuple(tensor.shape)}, the "
+                f"example was {tuple(program.example[name].shape)}; give all runs one size and length"
+            )
+    bound = program.signature.bind((), inputs)
+    for path, expected in program.signature.constants:
+        value = get_leaf(bound, path)
+        if not same_constant(value, expected):
+            raise UsageError(
+                f"a run of the pipeline calls the denoiser with {'.'.join(map(str, path))} = {value!r}, the "
+                f"example had {expected!r}; a graph cannot change it"
+            )
+    return tensors
+
+
+def _plain(output: Any) -> Any:
+    return output.to_tuple() if hasattr(output, "to_tuple") else output
+
+
+def _bytes(call: DenoiserCall) -> int:
+    tensors = [t for _, t in leaves(call.inputs) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in [*tensors, call.output])
+
+
+def _digest(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    flat = value.detach().double().flatten()
+    weights = torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device)
+    return [str(value.dtype), list(value.shape), float((flat * weights).sum())]

@@ -1,0 +1,225 @@
+"""What hangs on a model: refused by name with the fix, fused when asked, and nothing left changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+)
+from torch import Tensor, nn
+
+import diffcr_compile as dcr
+from diffcr_compile.attachments import checkpointing_off, prepared
+from diffcr_compile.config import RoutingConfig
+from diffcr_compile.errors import UnsupportedModelError
+from tests import models, pipelines
+from tests.conftest import equal
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return pipelines.flux()[0].transformer
+
+
+class LoraLinear(nn.Module):
+    """What peft's layers look like from outside: base_layer, lora_A, lora_B, merge, merged."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict(
+            {"style": nn.Linear(base_layer.in_features, rank, bias=False)}
+        )
+        self.lora_B = nn.ModuleDict(
+            {"style": nn.Linear(rank, base_layer.out_features, bias=False)}
+        )
+        self.active_adapters = ["style"]
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        return out if self.merged else out + self.lora_B["style"](self.lora_A["style"](x))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        self.base_layer.weight += self.lora_B["style"].weight @ self.lora_A["style"].weight
+        self.merged = True
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    for name in [n for n, m in model.named_modules() if n.endswith(("to_q", "to_v"))]:
+        model.set_submodule(name, LoraLinear(model.get_submodule(name)))  # type: ignore[arg-type]
+    return model
+
+
+def test_a_plain_model_is_passed_on_as_it_is(model: Any) -> None:
+    assert prepared(model) is model
+
+
+@pytest.mark.parametrize("entry", [dcr.inspect, dcr.route])
+def test_adapters_are_refused_with_the_fix(entry: Callable[..., Any]) -> None:
+    dit, inputs = models.DIFFUSERS["dit"]()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"transformer_blocks\.0\.attn1\.to_q.*fuse_lora\(\).*merge_and_unload",
+    ):
+        entry(with_lora(copy.deepcopy(dit)), inputs)
+
+
+def test_adapters_are_refused_by_compile_before_anything_is_written(tmp_path: Any) -> None:
+    dit, inputs = models.DIFFUSERS["dit"]()
+    with pytest.raises(UnsupportedModelError, match="adapters"):
+        dcr.compile(with_lora(copy.deepcopy(dit)), tmp_path / "out", example_inputs=inputs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_fused_on_a_copy_when_asked() -> None:
+    dit, inputs = models.DIFFUSERS["dit"]()
+    adapted = with_lora(copy.deepcopy(dit)).eval()
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    with torch.no_grad():
+        expected = adapted(**inputs).sample
+        routed = dcr.route(adapted, inputs, RoutingConfig(fuse_adapters=True))
+        found = routed(**inputs).sample
+        plain = dit(**inputs).sample
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3  # the adapters do something
+    assert all(torch.equal(t, before[n]) for n, t in adapted.state_dict().items())
+    assert isinstance(adapted.get_submodule("transformer_blocks.0.attn1.to_q"), LoraLinear)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_also_when_fusing_is_asked(
+    model: Any,
+) -> None:
+    layer = nn.Module()
+    layer.lora_A, layer.lora_B = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.foreign = layer
+    with pytest.raises(UnsupportedModelError, match=r"foreign \(Module\) has no merge"):
+        prepared(model, fuse_adapters=True)
+
+
+def test_a_peft_config_alone_is_refused(model: Any) -> None:
+    model.peft_config = {"style": object()}
+    with pytest.raises(UnsupportedModelError, match="peft_config"):
+        prepared(model)
+
+
+CACHES = {
+    "first_block": (FirstBlockCacheConfig(threshold=0.1), "fbc_leader_block_hook"),
+    "pyramid": (
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
+        "pyramid_attention_broadcast",
+    ),
+    "faster": (
+        FasterCacheConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
+        "faster_cache_denoiser",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_of_diffusers_are_named_and_after_their_removal_all_is_well(
+    name: str, model: Any
+) -> None:
+    config, hook = CACHES[name]
+    model.enable_cache(config)
+    with pytest.raises(UnsupportedModelError, match=rf"{hook}.*disable_cache\(\)"):
+        prepared(model)
+    model.disable_cache()
+    assert prepared(model) is model
+
+
+def test_layerwise_casting_is_refused(model: Any) -> None:
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(UnsupportedModelError, match=r"layerwise_casting.*load the model anew"):
+        prepared(model)
+
+
+def test_group_offloading_is_refused(model: Any) -> None:
+    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(UnsupportedModelError, match=r"group_offloading.*enable_group_offload"):
+        prepared(model)
+
+
+def test_an_accelerate_hook_is_refused(model: Any) -> None:
+    class AlignDevicesHook:
+        pass
+
+    model.transformer_blocks[0]._hf_hook = AlignDevicesHook()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"AlignDevicesHook.*transformer_blocks\.0.*remove_all_hooks",
+    ):
+        prepared(model)
+
+
+def test_weights_partly_on_meta_are_refused_and_a_whole_model_on_meta_is_not(
+    model: Any,
+) -> None:
+    whole = copy.deepcopy(model).to("meta")
+    assert prepared(whole) is whole
+    model.transformer_blocks[0].to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"meta device \(transformer_blocks\.0"):
+        prepared(model)
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_of_torch_is_refused_with_its_module_and_function(
+    kind: str, model: Any
+) -> None:
+    def skip_some(*_: Any) -> None:
+        return None
+
+    handle = getattr(model.proj_out, f"register_{kind}")(skip_some)
+    with pytest.raises(
+        UnsupportedModelError, match=r"test_attachments.*skip_some on proj_out.*\.remove\(\)"
+    ):
+        prepared(model)
+    handle.remove()
+    assert prepared(model) is model
+
+
+def test_a_replaced_forward_is_refused(model: Any) -> None:
+    block = model.transformer_blocks[0]
+    original = block.forward
+
+    def cached_forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    block.forward = cached_forward
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"transformer_blocks\.0 \(by .*cached_forward\).*del module",
+    ):
+        prepared(model)
+    del block.forward
+    assert prepared(model) is model
+
+
+def test_gradient_checkpointing_is_off_for_the_capture_and_on_again(model: Any) -> None:
+    runs = pipelines.flux()[0]
+    runs.transformer = model
+    model.enable_gradient_checkpointing()
+    routed = dcr.route(runs, pipeline_inputs=pipelines.flux()[1])
+    assert model.gradient_checkpointing
+    with checkpointing_off(model):
+        assert not model.gradient_checkpointing
+    example = dict(routed.program.example)
+    with torch.no_grad():
+        dense = model(**example, return_dict=False, joint_attention_kwargs={})
+        assert equal(routed(**example, return_dict=False, joint_attention_kwargs={}), dense)
+    # training the graph goes through, gradients reach the user's weights
+    routed(**example, return_dict=False, joint_attention_kwargs={})[0].sum().backward()
+    assert model.proj_out.weight.grad is not None

@@ -491,7 +491,10 @@ def test_a_refusal_must_have_the_words_of_the_zoo() -> None:
     refused = entry_of("A", ("captured",), refused="MIXES", units=[], refusal="no block")
     assert table.verdict(refused) == "refused"
     assert table.verdict({**refused, "refused": "no image"}) == "wrong"
-    assert table.verdict(entry_of("A", refused="mixes")) == "wrong"  # it has units
+    assert table.verdict(entry_of("A", refused="mixes")) == "wrong"  # whole blocks are routed
+    parts = entry_of("A", refused="mixes", units=["c.ff"])
+    assert table.verdict(parts) == "supported"
+    assert table.verdict({**parts, "refused": "no image"}) == "wrong"
     del refused["sizes"][1]["refusal"]
     assert table.verdict(refused) == "wrong"  # something else stopped it
 

@@ -22,17 +22,32 @@ COLUMNS = (
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
-    """``supported``, ``refused`` (rightly), ``wrong`` (refusal missing or with other words) or ``failed``."""
+    """``supported``, ``refused`` (rightly), ``wrong`` (refusal missing or with other words) or ``failed``.
+
+    Where the zoo expects its blocks to be refused, parts of these blocks may be routed all the same.
+    """
     sizes = entry["sizes"]
     if entry["refused"] is not None:
-        rightly = len(sizes) == 2 and not any(size.get("units") for size in sizes)
-        for size in sizes:  # dcr.route must have refused it, in words
-            said = " ".join([size.get("refusal", ""), *size.get("not_routed", {}).values()])
-            rightly &= "refusal" in size and entry["refused"].lower() in said.lower()
-        return "refused" if rightly else "wrong"
+        if len(sizes) != 2 or not all(_refused_in_words(s, entry["refused"]) for s in sizes):
+            return "wrong"
+        if not any(size.get("units") for size in sizes):
+            return "refused"
     wanted = [step for step in STEPS if step != "rtx" or entry["rtx"]]
     clean = not any(size["failures"] for size in sizes)
     return "supported" if clean and all(holds(entry, step) for step in wanted) else "failed"
+
+
+def _refused_in_words(size: Mapping[str, Any], words: str) -> bool:
+    """Whether the words stand in the refusal, and whatever is routed is a part of such a block."""
+    blocks = [
+        name
+        for name, reason in size.get("not_routed", {}).items()
+        if words.lower() in reason.lower()
+    ]
+    units = size.get("units") or []
+    if not units:
+        return "refusal" in size and (bool(blocks) or words.lower() in size["refusal"].lower())
+    return all(any(unit.startswith(f"{name}.") for name in blocks) for unit in units)
 
 
 def holds(entry: Mapping[str, Any], step: str) -> bool:

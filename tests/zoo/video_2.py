@@ -260,7 +260,7 @@ def temporal(size: int) -> Example:
     }
 
 
-@zoo("WanAnimate2Transformer3DModel", "video", refused="mixes tokens by their position")
+@zoo("WanAnimate2Transformer3DModel", "video")
 def wan_animate_2(size: int) -> Example:
     # The pass over the reference video: the other one compiles a FlexAttention mask. The rotation
     # follows the grid sizes inside of a block in both.

@@ -17,7 +17,7 @@ from typing import Any
 
 from diffcr_compile.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
@@ -48,6 +48,8 @@ class Manifest:
         parity: tolerance, and one row per bucket in `buckets`.
         files: relative path -> sha256 and bytes of every file in onnx/, golden/ and model/.
         stages: stage -> status.
+        constants: argument -> what it is in the graphs, for every argument that is no input; see
+            ``runtime/constants.py``.
         schema_version: of this structure.
     """
 
@@ -66,6 +68,7 @@ class Manifest:
     parity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     stages: Mapping[str, str]
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -162,6 +165,8 @@ def _check_form(path: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}"
             )
+    if not isinstance(manifest.constants, dict):
+        raise ArtifactError(f"{path}: constants must map arguments to values. {_AGAIN}")
     files = manifest.files
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in files.values()

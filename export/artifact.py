@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from diffcr_compile.blocks import leaves
 from diffcr_compile.errors import AccuracyError, ResourceError, UsageError
 from diffcr_compile.export.golden import golden_path, output_names, read_golden, write_golden
 from diffcr_compile.export.onnx_model import (
@@ -36,6 +37,7 @@ from diffcr_compile.manifest import (
     write_manifest,
 )
 from diffcr_compile.program import Program, Stage, run_flat
+from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.schedule import TimestepBuckets
 
 InputsFor = Callable[[int], Mapping[str, Tensor]]
@@ -106,9 +108,20 @@ def export_artifact(
         parity=_parity_section(rows, parity_tolerance),
         files=hash_files(folder),
         stages={"freeze": "done", "export": "done", "validate": "done"},
+        constants=_constants(frozen[0]),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _constants(program: Program) -> dict[str, Any]:
+    """Arguments that the capture fixed, named like inputs."""
+    found = {}
+    for start, tree in program.signature.constants:
+        for path, value in leaves(tree, start):
+            known = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            found["_".join(map(str, path))] = constant_to_json(known)
+    return found
 
 
 def export_dense(captured: Program, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,24 @@ def test_the_adapter_refuses_other_shapes(
         adapter(**wider)
     with pytest.raises(UsageError, match=r"unknown: .*surplus"):
         adapter(**runs.example, surplus=torch.zeros(1))
+
+
+def test_the_adapter_refuses_other_values_of_what_is_fixed(
+    opened: Callable[[str], PipelineRuns], tmp_path: Path
+) -> None:
+    runs = opened("flux")
+    dcr.export(dcr.freeze(dcr.route(runs), keep_ratio=1.0), tmp_path)
+    adapter = CompiledDenoiser(tmp_path, runs.model)
+    adapter(**{**runs.example, "joint_attention_kwargs": {}})
+    with pytest.raises(
+        UsageError, match=r"joint_attention_kwargs_scale is 0.5, .*built with None"
+    ):
+        adapter(**{**runs.example, "joint_attention_kwargs": {"scale": 0.5}})
+    manifest = adapter.runner.manifest
+    built = {**manifest.constants, "joint_attention_kwargs_scale": 0.5}
+    adapter.runner.manifest = dataclasses.replace(manifest, constants=built)
+    with pytest.raises(UsageError, match=r"scale is None, .*built with 0.5"):
+        adapter(**runs.example)
 
 
 def test_two_models_that_share_the_steps_must_be_named() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.errors import UsageError
+from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.runtime.runner import Runner
 
 
@@ -29,7 +30,8 @@ class CompiledDenoiser(nn.Module):
         options: of :class:`Runner`, if a folder is given.
 
     Raises:
-        UsageError: a call has other shapes, or other inputs, than the artifact was built for.
+        UsageError: a call has other shapes, other inputs, or other values of what is fixed in the graphs,
+            than the artifact was built for.
     """
 
     config: Any  # the dense model's
@@ -42,7 +44,9 @@ class CompiledDenoiser(nn.Module):
         self.config = dense.config
         self.dtype: torch.dtype = dense.dtype
         self.register_buffer("_device", torch.empty(0, device=dense.device), persistent=False)
-        self._parameters_of_call = list(inspect.signature(dense.forward).parameters)
+        parameters = inspect.signature(dense.forward).parameters.values()
+        self._names = [p.name for p in parameters]
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._wanted = {
             spec["name"]: (tuple(spec["shape"]), np.dtype(spec["dtype"]))
             for spec in self.runner.manifest.inputs
@@ -61,8 +65,14 @@ class CompiledDenoiser(nn.Module):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """One step; what the dense model's forward takes."""
-        call = {**dict(zip(self._parameters_of_call, args, strict=False)), **kwargs}
-        tensors = dict(_flat(call))
+        call = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+        given = dict(_flat(call))
+        self._check_constants(given)
+        tensors = {
+            name: leaf
+            for name, leaf in given.items()
+            if isinstance(leaf, Tensor) and name not in self.runner.manifest.constants
+        }
         arrays = {name: self._array(name, tensor) for name, tensor in tensors.items()}
         found = self.runner(**arrays)
         like = next(iter(tensors.values()))
@@ -80,12 +90,30 @@ class CompiledDenoiser(nn.Module):
             )
         return Transformer2DModelOutput(sample=outputs[0])
 
+    def _check_constants(self, given: Mapping[str, Any]) -> None:
+        """Refuse a call that says something else about an argument that is fixed in the graphs."""
+        built = self.runner.manifest.constants
+        said = {
+            name: constant_to_json(
+                leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
+            )
+            for name, leaf in given.items()
+            if name in built
+            or not isinstance(leaf, Tensor)  # the runner refuses unknown tensors
+        }
+        for name in {**said, **built}:
+            if name in self._wanted or name == "return_dict":
+                continue
+            if said.get(name) != built.get(name):
+                raise UsageError(
+                    f"{name} is {said.get(name)!r}, but the artifact was built with {built.get(name)!r}, and "
+                    "a graph cannot change it; compile again with the value you need"
+                )
+
     def _array(self, name: str, tensor: Tensor) -> Any:
         """A tensor as the artifact takes it: a timestep for the whole batch becomes one per sample."""
-        if name not in self._wanted:
-            return (
-                tensor.detach().cpu().float().numpy()
-            )  # the runner refuses it, and says what it takes
+        if name not in self._wanted:  # the runner refuses it, and says what it takes
+            return tensor.detach().cpu().float().numpy()
         shape, dtype = self._wanted[name]
         if name == self.runner.manifest.timestep_input and tensor.numel() == 1:
             tensor = tensor.reshape(1, *tensor.shape[1:]) if tensor.ndim else tensor.reshape(1)
@@ -96,13 +124,13 @@ class CompiledDenoiser(nn.Module):
         return tensor.detach().cpu().numpy()
 
 
-def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Tensors with the names that a captured graph gives them."""
-    if isinstance(tree, Tensor):
-        yield "_".join(path), tree
-    elif isinstance(tree, Mapping):
+def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Leaves with the names that a captured graph gives them."""
+    if isinstance(tree, Mapping):
         for key, item in tree.items():
             yield from _flat(item, (*path, str(key)))
     elif isinstance(tree, (list, tuple)):
         for index, item in enumerate(tree):
             yield from _flat(item, (*path, str(index)))
+    else:
+        yield "_".join(path), tree

@@ -133,14 +133,17 @@ def inspect(
 
     Raises:
         UsageError: there is no such target, or the pipeline does not run.
-        UnsupportedModelError: hooks, adapters or offloading are attached to the model.
     """
-    settings = CompileConfig(routing=config or RoutingConfig())
+    settings, device = CompileConfig(routing=config or RoutingConfig()), find_target(target)
     model, example_inputs, _ = _opened(model, example_inputs, pipeline_inputs, component)
-    model = prepared(model, settings.routing.fuse_adapters)
     args, kwargs = _call(example_inputs)
+    problem = None
+    try:
+        model = prepared(model, settings.routing.fuse_adapters)
+    except UnsupportedModelError as error:
+        problem = str(error)
     with checkpointing_off(model):
-        return make_plan(model, args, kwargs, settings, find_target(target), macs_per_byte)
+        return make_plan(model, args, kwargs, settings, device, macs_per_byte, problem)
 
 
 def route(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
 from typing import Any
 
 import pytest
@@ -64,14 +64,17 @@ def test_a_plain_model_is_passed_on_as_it_is(model: Any) -> None:
     assert prepared(model) is model
 
 
-@pytest.mark.parametrize("entry", [dcr.inspect, dcr.route])
-def test_adapters_are_refused_with_the_fix(entry: Callable[..., Any]) -> None:
+def test_adapters_are_refused_with_the_fix() -> None:
     dit, inputs = models.DIFFUSERS["dit"]()
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"transformer_blocks\.0\.attn1\.to_q.*fuse_lora\(\).*merge_and_unload",
-    ):
-        entry(with_lora(copy.deepcopy(dit)), inputs)
+    adapted = with_lora(copy.deepcopy(dit))
+    words = r"transformer_blocks\.0\.attn1\.to_q.*fuse_lora\(\).*merge_and_unload"
+    with pytest.raises(UnsupportedModelError, match=words):
+        dcr.route(adapted, inputs)
+    plan = dcr.inspect(adapted, inputs)  # raises nothing
+    assert plan.error is not None
+    assert re.search(words, plan.error)
+    assert plan.next_command() is None
+    assert words[:10].replace("\\", "") in str(plan)
 
 
 def test_adapters_are_refused_by_compile_before_anything_is_written(tmp_path: Any) -> None:

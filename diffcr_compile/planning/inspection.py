@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffcr_compile.blocks import BlockSpec, leaves, show_path
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.legality import describe
+from diffcr_compile.legality import Findings, describe
 from diffcr_compile.macs import keep_levels, measure_costs
 from diffcr_compile.planning.advice import advise, suggested_budget
 from diffcr_compile.planning.dry_run import DryRun, dry_run
@@ -179,6 +179,7 @@ def make_plan(
     config: CompileConfig,
     target: Target,
     macs_per_byte: float | None = None,
+    problem: str | None = None,
 ) -> Plan:
     """Find out what can be routed and what it brings; what is wrong with the model is in the result.
 
@@ -189,8 +190,12 @@ def make_plan(
         config: settings of the compilation that is planned.
         target: whose limits count.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
+        problem: why the model cannot be looked at, if it cannot.
     """
-    seen = dry_run(model, args, kwargs, config.routing.granularity)
+    if problem is None:
+        seen = dry_run(model, args, kwargs, config.routing.granularity)
+    else:
+        seen = DryRun(Findings((), (), ()), error=problem)
     given = "given" if macs_per_byte is not None else f"measured for {target.name}"
     balance = macs_per_byte if macs_per_byte is not None else target.macs_per_byte
     if balance is None:

@@ -369,11 +369,7 @@ def compile(
         )
         with space.stage("benchmark", key):
             timesteps = list(runs.timesteps) if runs else sampler.timesteps
-            speed = bench.sampling_loops(space.folder, timesteps)
-            # One thread has no waiting on others, so this pair shows the arithmetic alone.
-            speed["one_thread"] = bench.sampling_loops(
-                space.folder, timesteps, repeats=3, threads=1
-            )
+            speed = bench.best_sampling_loops(space.folder, timesteps)
         quality = _evaluated(space, key, evaluate)
         report = _reported(space, compiled, config, speed, quality)
     return Artifact(Path(out), manifest, report)

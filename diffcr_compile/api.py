@@ -24,9 +24,9 @@ from diffcr_compile.calibrate.data import (
     roll_out,
 )
 from diffcr_compile.calibrate.loop import CalibrationResult, own_weights, run_calibration
+from diffcr_compile.calibrate.pipeline_calls import Inputs
 from diffcr_compile.calibrate.pipelines import (
     FEW_STEPS,
-    Inputs,
     PipelineRuns,
     is_pipeline,
     open_pipeline,

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
+from diffcr_compile.calibrate.pipeline_calls import run_pipeline
 from diffcr_compile.calibrate.pipelines import (
     PipelineRuns,
     equal_steps,
     is_pipeline,
     open_pipeline,
-    run_pipeline,
 )
 from diffcr_compile.cli import main
 from diffcr_compile.config import CompileConfig, RoutingConfig, make_config

@@ -7,12 +7,11 @@ timestep and conditions as the pipeline's own scheduler and guidance make them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,34 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffcr_compile.blocks import get_leaf, leaves, map_leaves
+from diffcr_compile.blocks import get_leaf, leaves
 from diffcr_compile.calibrate.data import (
     TeacherStates,
     batched_inputs,
     join_shards,
     save_atomic,
 )
+from diffcr_compile.calibrate.pipeline_calls import (
+    DenoiserCall,
+    Inputs,
+    one_per_sample,
+    plain_output,
+    run_pipeline,
+    timestep_name,
+    watching,
+)
 from diffcr_compile.capture import TIMESTEP_NAMES
 from diffcr_compile.config import RolloutConfig, RoutingConfig
-from diffcr_compile.errors import DiffCRError, ResourceError, UnsupportedModelError, UsageError
-from diffcr_compile.program import Program, batch_size
+from diffcr_compile.errors import ResourceError, UnsupportedModelError, UsageError
+from diffcr_compile.program import Program
 from diffcr_compile.schedule import TimestepBuckets
-from diffcr_compile.signature import bind_call, same_constant, split_leaves
+from diffcr_compile.signature import same_constant
 
-Inputs = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 FEW_STEPS = 3  # enough to see what changes between steps
 # An expanded timestep must give the same output; other kernels may round otherwise.
 SAME_OUTPUT = 1e-4
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class DenoiserCall:
-    """One call of the denoiser, by parameter name, and the first tensor of its answer."""
-
-    inputs: dict[str, Any]
-    output: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,74 +242,6 @@ def open_pipeline(
     )
 
 
-@contextlib.contextmanager
-def watching(
-    modules: Mapping[str, nn.Module],
-    batched_timestep: str | None,
-    note: Callable[[str, DenoiserCall], None],
-) -> Iterator[None]:
-    """Call ``note(name, call)`` after each call of one of `modules`, with copies of its tensors."""
-    under_way: dict[str, dict[str, Any]] = {}
-    handles = []
-    for name, module in modules.items():
-
-        def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            # before the call, because a model may write into its inputs
-            under_way[name] = _by_name(module, args, kwargs)
-
-        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            found = [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, Tensor)]
-            if not found:
-                return
-            inputs = under_way.pop(name)
-            if batched_timestep is not None:
-                inputs[batched_timestep] = _one_per_sample(inputs, batched_timestep)
-            note(name, DenoiserCall(inputs, found[0].detach().clone()))
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def run_pipeline(pipe: Any, inputs: Inputs, steps: int, seed: int) -> Any:
-    """Call the pipeline, without its progress bar and, where it can, without decoding.
-
-    Raises:
-        UsageError: it fails; says what it takes.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    call = dict(inputs)
-    optional = {
-        "num_inference_steps": steps,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    call.update({k: v for k, v in optional.items() if k in parameters and k not in call})
-    bar = getattr(pipe, "_progress_bar_config", None)
-    try:
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
-        return pipe(**call)
-    except DiffCRError:
-        raise
-    except Exception as error:
-        names = [n for n in parameters if n not in ("self", "kwargs", "callback")]
-        raise UsageError(
-            f"{type(pipe).__name__} does not run on {sorted(inputs) or 'its defaults'}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Pass pipeline_inputs= (on "
-            "the command line --pipeline-inputs file.yaml, tensors in --inputs file.safetensors) with "
-            f"what its call needs, such as prompt or prompt_embeds, height, width; it takes {names}"
-        ) from error
-    finally:
-        if hasattr(pipe, "_progress_bar_config") or bar is not None:
-            pipe._progress_bar_config = bar or {}
-
-
 def equal_steps(timesteps: Sequence[float], count: int) -> TimestepBuckets:
     """`count` buckets with equally many of these timesteps, weighted by their share.
 
@@ -333,13 +264,6 @@ def equal_steps(timesteps: Sequence[float], count: int) -> TimestepBuckets:
     low = 0.0 if values[0] > 0 else values[0] - 1.0  # a bucket is (low, high]
     weights = tuple(len(group) / len(values) for group in groups)
     return TimestepBuckets((low, *map(float, inner), float(values[-1])), weights)
-
-
-def timestep_name(inputs: Mapping[str, Any]) -> str | None:
-    """Which of the inputs is the timestep; None if none is called like one."""
-    return next(
-        (n for n in inputs if n in TIMESTEP_NAMES and isinstance(inputs[n], Tensor)), None
-    )
 
 
 def _as_runs(pipe: Any, inputs: Inputs | Sequence[Inputs] | None) -> tuple[Inputs, ...]:
@@ -405,28 +329,17 @@ def _check_alike(
         )
 
 
-def _by_name(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    parameters, bound = bind_call(module, args, kwargs)
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound.update(bound.pop(parameter.name, {}))
-    copies: dict[str, Any] = map_leaves(
-        bound, lambda _, t: t.detach().clone() if isinstance(t, Tensor) else t
-    )
-    return copies
-
-
 def _with_batched_timestep(
     model: nn.Module, call: DenoiserCall, timestep: str
 ) -> dict[str, Any]:
     """The inputs with one timestep per sample, if the model gives the same answer then."""
     given = call.inputs[timestep]
-    expanded = {**call.inputs, timestep: _one_per_sample(call.inputs, timestep)}
+    expanded = {**call.inputs, timestep: one_per_sample(call.inputs, timestep)}
     if expanded[timestep].shape == given.shape:
         return call.inputs
     try:
         with torch.no_grad():
-            output = pytree.tree_leaves(_plain(model(**expanded)))[0]
+            output = pytree.tree_leaves(plain_output(model(**expanded)))[0]
     except Exception:  # noqa: BLE001 - whatever it raises, the model does not take it so
         return call.inputs
     scale = call.output.abs().max().clamp_min(1e-30)
@@ -434,18 +347,6 @@ def _with_batched_timestep(
         (output - call.output).abs().max() <= SAME_OUTPUT * scale
     )
     return expanded if same else call.inputs
-
-
-def _one_per_sample(inputs: Mapping[str, Any], timestep: str) -> Tensor:
-    given: Tensor = inputs[timestep]
-    tensors, _ = split_leaves(inputs)
-    batch = batch_size({str(path): get_leaf(inputs, path) for path in tensors})
-    if given.ndim > 0 and given.shape[0] == batch:
-        return given
-    if given.ndim > 0 and given.shape[0] != 1:
-        return given
-    rows = given.reshape(1, *given.shape[1:]) if given.ndim else given.reshape(1)
-    return rows.expand(batch, *rows.shape[1:]).clone()
 
 
 def _graph_inputs(program: Program, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -467,10 +368,6 @@ def _graph_inputs(program: Program, inputs: Mapping[str, Any]) -> dict[str, Tens
                 f"example had {expected!r}; a graph cannot change it"
             )
     return tensors
-
-
-def _plain(output: Any) -> Any:
-    return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
 def _bytes(call: DenoiserCall) -> int:

@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, get_leaf, map_leaves
 from diffcr_compile.check_capture import check_capture
+from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import (
     CaptureError,
     UnsupportedModelError,
@@ -102,7 +103,7 @@ def capture(
     for what, way in _WAYS.items():
         try:
             forms = OutputForms()
-            with forms.flat(model):
+            with forgotten_failures(), forms.flat(model):
                 found = way(model, call, names)
             program = _program(found, forms.found, call, blocks, refused)
             check_capture(program, model, call.bound)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from diffcr_compile.blocks import BlockSpec, get_leaf, leaves
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
+from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.program import Program, selector_name, tensor_args
 from diffcr_compile.routing import Selection
@@ -77,7 +78,7 @@ def measure_costs(
     interpreter = _BlockCounter(program, levels, counter)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode, torch.no_grad(), counter:
+        with forgotten_failures(), mode, torch.no_grad(), counter:
             interpreter.run(
                 *(mode.from_tensor(t) for t in tensor_args(program, program.example))
             )

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from diffcr_compile.export.complex_numbers import use_real_numbers
 from diffcr_compile.export.constant_parts import work_out_constants
 from diffcr_compile.export.empty_attention import drop_empty_attention
+from diffcr_compile.export.small_constants import keep_small_constants
 
 aten = torch.ops.aten
 
@@ -19,6 +20,7 @@ def lower_for_onnx(exported: ExportedProgram) -> ExportedProgram:
     work_out_constants(exported)
     drop_empty_attention(exported.graph)
     drop_false_squeezes(exported.graph)
+    keep_small_constants(exported.graph)
     exported.graph.lint()
     exported.graph_module.recompile()
     return exported

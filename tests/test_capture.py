@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
+import diffcr_compile as dcr
 from diffcr_compile.aliases import is_write
 from diffcr_compile.capture import capture
-from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.errors import CaptureError, UnsupportedModelError, UsageError
 from diffcr_compile.legality import find_blocks
 from diffcr_compile.program import Program, Stage, rebuild_call, run_flat, tensor_args
 from tests import models
@@ -401,3 +403,29 @@ def test_a_table_that_is_filled_in_place_is_a_constant() -> None:
 def test_autocast_inside_the_model_is_refused() -> None:
     with pytest.raises(CaptureError, match="switches autocast on for cpu"):
         _captured((AutocastOnDiT().eval(), models.inputs_for()))
+
+
+class Flexible(nn.Module):
+    """Attention that compiles itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x + t[:, None, None]).chunk(3, dim=-1)
+        mixed = flex_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.out(mixed)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fails_under_our_modes_does_not_fail_ever_after() -> None:
+    """Dynamo remembers what it could not trace, for the whole process."""
+    model = Flexible().eval()
+    inputs = {"x": torch.randn(2, 8, 16), "t": torch.rand(2)}
+    with torch.no_grad():
+        expected = model(**inputs)
+        dcr.inspect(model, inputs)
+        with pytest.raises(UnsupportedModelError):
+            dcr.route(model, inputs)
+        assert torch.equal(model(**inputs), expected)

@@ -20,6 +20,7 @@ from diffcr_compile.export.empty_attention import drop_empty_attention
 from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.export.parity import run_onnx
+from diffcr_compile.export.small_constants import keep_small_constants
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 
@@ -232,3 +233,29 @@ def test_attention_over_no_keys_is_zero_and_over_some_stays(tmp_path: Path) -> N
     assert drop_empty_attention(program.graph) == 0
     found = in_onnx_runtime(lower_for_onnx(program), tmp_path / "m.onnx", x)
     np.testing.assert_allclose(found[0], expected.numpy(), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ small constants
+
+
+def test_a_tiny_addition_is_not_taken_for_zero(tmp_path: Path) -> None:
+    """Without the pass the exporter makes 0 / 0 of it."""
+
+    def divide(m: Computes, x: Tensor, y: Tensor) -> Tensor:
+        return x / (y + 1e-15) + (x - 1e-9) * 1.00001
+
+    x, y = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+    program = exported(divide, x, y)
+    with torch.no_grad():
+        expected = program.module()(x, y)
+    (found,) = in_onnx_runtime(lower_for_onnx(program), tmp_path / "small.onnx", x, y)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    (plain,) = in_onnx_runtime(exported(divide, x, y), tmp_path / "plain.onnx", x, y)
+    assert np.isnan(plain).any()  # if not, the pass is no longer needed
+
+
+def test_ordinary_numbers_and_scalars_stay_as_they_are() -> None:
+    program = exported(lambda m, x: (x + 0.5) * 2.0 + (x.sum() + 1e-15), torch.ones(2))
+    before = len(program.graph.nodes)
+    assert keep_small_constants(program.graph) == 0
+    assert len(program.graph.nodes) == before

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffcr_compile.blocks import TokenAxis, get_leaf, leaves, map_leaves
 from diffcr_compile.candidates import block_candidates
 from diffcr_compile.cut import cut_arguments
+from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import one_line
 from diffcr_compile.macs import flop_counter
 from diffcr_compile.planning.copies import to_fake
@@ -47,7 +48,7 @@ class FakeRun:
         args, kwargs = map_leaves(tree, lambda _, leaf: to_fake(leaf, mode))
         handles = [h for name in names for h in self._watch(name)]
         try:
-            with torch.no_grad(), mode, self.counter, self.trace:
+            with forgotten_failures(), torch.no_grad(), mode, self.counter, self.trace:
                 self.output = twin(*args, **kwargs)
         finally:
             for handle in handles:

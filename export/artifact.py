@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from diffcr_compile.blocks import leaves
-from diffcr_compile.errors import AccuracyError, ResourceError, UsageError
+from diffcr_compile.errors import (
+    AccuracyError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+    one_line,
+)
 from diffcr_compile.export.golden import golden_path, output_names, read_golden, write_golden
 from diffcr_compile.export.onnx_model import (
     OPSET,
@@ -135,7 +141,18 @@ def export_dense(captured: Program, path: Path) -> None:
         write_shared_weights({path.name: model}, path.parent, f"{path.stem}.weights.bin")
     else:
         atomic_write_bytes(path, model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path), full_check=True)
+    _check_valid(path)
+
+
+def _check_valid(path: Path) -> None:
+    """Raise UnsupportedModelError unless the file is valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"torch.onnx.export made an invalid graph of this model: {one_line(error)}. Replace the op "
+            "that it names by plain torch ops."
+        ) from error
 
 
 def _check_programs(
@@ -227,7 +244,7 @@ def _middle_inputs(program: Program, timestep_input: str | None) -> InputsFor:
 
 def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> Parity:
     """ONNX Runtime against what FROZEN gave, which is in the golden file."""
-    onnx.checker.check_model(str(staging / graph), full_check=True)
+    _check_valid(staging / graph)
     inputs, expected = read_golden(staging / golden_path(bucket))
     found = run_onnx(staging / graph, inputs)
     row = compare("FROZEN -> ONNX Runtime", found, expected, tolerance, bucket)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
 
 from diffcr_compile.errors import UnsupportedModelError, one_line
@@ -102,13 +102,22 @@ def refuse_bfloat16(program: Program) -> None:
 
 
 def check_standard(model: ModelProto) -> None:
-    """Raise UnsupportedModelError unless the model is opset <= 20, IR <= 10, standard ops only."""
+    """Raise UnsupportedModelError unless the model is opset <= 20, IR <= 10, standard ops and types only."""
     foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain})
     domains = {entry.domain: entry.version for entry in model.opset_import}
     if foreign or model.functions:
         raise UnsupportedModelError(
             f"the ONNX graph has ops outside the standard: {foreign or 'local functions'}. "
             "Replace the modules that they come from by plain torch ops."
+        )
+    values = [*model.graph.value_info, *model.graph.output]
+    types = {value.type.tensor_type.elem_type for value in values}
+    if TensorProto.BFLOAT16 in types | {
+        tensor.data_type for tensor in model.graph.initializer
+    }:
+        raise UnsupportedModelError(
+            f"the model computes in bfloat16 inside its forward, which ONNX opset {OPSET} lacks in most ops. "
+            "Take the casts to bfloat16 out of the model, or let them go to torch.float16."
         )
     if domains.get("", 0) > OPSET or model.ir_version > MAX_IR_VERSION:
         raise UnsupportedModelError(

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
+import diffcr_compile as dcr
 from diffcr_compile.errors import (
     AccuracyError,
     ArtifactError,
@@ -55,6 +56,7 @@ from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.runtime import load
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
+from tests import models
 from tests.conftest import Case
 
 MODELS = ["dit", "pixart", "sd3", "flux"]
@@ -770,3 +772,27 @@ def test_a_program_that_is_not_frozen_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"program 0 is ROUTED, export needs FROZEN"):
         write([cases("plain").routed], tmp_path)
+
+
+class RoundsInside(models.OwnDiT):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t).to(torch.bfloat16).sin().float()
+
+
+def test_bfloat16_inside_the_forward_is_refused(tmp_path: Path) -> None:
+    frozen = dcr.freeze(dcr.route(RoundsInside().eval(), models.inputs_for()), keep_ratio=1.0)
+    with pytest.raises(UnsupportedModelError, match="bfloat16 inside its forward"):
+        dcr.export(frozen, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_an_invalid_graph_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise onnx.checker.ValidationError("No Op registered for SequenceMap")
+
+    monkeypatch.setattr(onnx.checker, "check_model", broken)
+    frozen = dcr.freeze(dcr.route(models.OwnDiT().eval(), models.inputs_for()), keep_ratio=1.0)
+    with pytest.raises(UnsupportedModelError, match=r"invalid graph.*SequenceMap"):
+        dcr.export(frozen, tmp_path / "out")

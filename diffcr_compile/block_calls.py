@@ -32,6 +32,9 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 
+# How the exporter says that the model runs something inside a ``with`` statement.
+_WITH = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
+
 
 def keeps(node: fx.Node) -> bool:
     """Whether dead code elimination must keep a node: inputs, the output, and writes in place."""
@@ -160,14 +163,12 @@ class _Builder:
             return None
         if node.op == "get_attr":
             value = getattr(owner, str(node.target))
-            return (
-                value
-                if not isinstance(value, Tensor)
-                else self._attribute(str(node.target), value)
-            )
+            # a module is the body of an op that takes functions, such as flex attention
+            is_held = isinstance(value, (Tensor, fx.GraphModule)) and not _is_with_body(node)
+            return self._attribute(str(node.target), value) if is_held else value
         args, kwargs = self._lookup(node.args), self._lookup(node.kwargs)
         name = getattr(node.target, "__name__", "")
-        if name in {"wrap_with_set_grad_enabled", "wrap_with_autocast"}:
+        if name in _WITH:
             return self._inline(node, name, args)
         if node.target is operator.getitem and not isinstance(args[0], fx.Node):
             return args[0][args[1]]
@@ -206,6 +207,11 @@ class _Builder:
     def _device(self) -> str:
         first = next(iter(self.model.parameters()), None)
         return "cpu" if first is None else first.device.type
+
+
+def _is_with_body(node: fx.Node) -> bool:
+    """Whether a get_attr node is the body of a ``with`` block, which is inlined."""
+    return any(getattr(u.target, "__name__", "") in _WITH for u in node.users)
 
 
 class Input:

@@ -14,7 +14,7 @@ from diffcr_compile.config import CompileConfig
 from diffcr_compile.schedule import CostTable, TokenSchedule, cost_of
 
 if TYPE_CHECKING:
-    from diffcr_compile.api import Compiled
+    from diffcr_compile.resumable import Compiled
 
 _Value = TypeVar("_Value")
 # Small enough that nobody sees the difference, large enough for a solver over whole tokens.

@@ -341,11 +341,11 @@ def _wake(model: nn.Module) -> None:
 
 def _frozen_graphs(pipe: Any, inputs: Any, config: CompileConfig, out: Path) -> Any:
     """The graphs that the artifact was made from: the trained weights at its schedule."""
-    from diffcr_compile import api
+    from diffcr_compile.resumable import load_trained
     from diffcr_compile.schedule import TokenSchedule
 
     routed = dcr.route(pipe, config=config.routing, pipeline_inputs=inputs)
-    api._load_trained(routed.program, out / "model/routed.safetensors", config)
+    load_trained(routed.program, out / "model/routed.safetensors", config)
     saved = json.loads((out / "model/calibration.json").read_text())
     return dcr.freeze(routed, schedule=TokenSchedule.from_json(saved["schedule"]))
 

@@ -1,0 +1,84 @@
+"""What the caller gave: a model or a pipeline, example inputs, and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.calibrate.pipeline_calls import Inputs
+from diffcr_compile.calibrate.pipelines import (
+    FEW_STEPS,
+    PipelineRuns,
+    is_pipeline,
+    open_pipeline,
+)
+from diffcr_compile.errors import UsageError
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
+PipelineInputs = Inputs | Sequence[Inputs] | None
+
+
+def open_model(
+    model: nn.Module | Any,
+    example_inputs: ExampleInputs | None,
+    pipeline_inputs: PipelineInputs,
+    component: str | None,
+    steps: int = FEW_STEPS,
+) -> tuple[nn.Module, ExampleInputs, PipelineRuns | None]:
+    """The model and its example inputs; of a pipeline its denoiser, and what it was called with."""
+    if isinstance(model, PipelineRuns):
+        return model.model, model.example, model
+    if is_pipeline(model):
+        if example_inputs is not None:
+            raise UsageError(
+                "a pipeline's example inputs are recorded; pass pipeline_inputs= instead of them"
+            )
+        runs = open_pipeline(model, pipeline_inputs, component, steps)
+        return runs.model, runs.example, runs
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}"
+        )
+    if example_inputs is None or pipeline_inputs is not None or component is not None:
+        raise UsageError(
+            f"{type(model).__name__} is a model: it needs example_inputs=; pipeline_inputs= and "
+            "component= are for pipelines"
+        )
+    return model, example_inputs, None
+
+
+def call_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    return tuple(example_inputs), {}
+
+
+def shapes(example_inputs: ExampleInputs) -> Any:
+    args, kwargs = call_of(example_inputs)
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return [str(value.dtype), list(value.shape)]
+        if isinstance(value, Mapping):
+            return {key: shape(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shape(item) for item in value]
+        return repr(value)
+
+    return [shape(args), shape(kwargs)]
+
+
+def weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""The stages of :func:`diffcr_compile.compile` that leave something on disk, and take it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffcr_compile.calibrate.data import Conditions
+from diffcr_compile.calibrate.loop import CalibrationResult, own_weights
+from diffcr_compile.calibrate.samplers import Sampler
+from diffcr_compile.config import CompileConfig
+from diffcr_compile.export.artifact import export_dense
+from diffcr_compile.export.parity import Parity
+from diffcr_compile.manifest import (
+    Manifest,
+    read_manifest,
+    verify_artifact,
+    write_json_atomic,
+)
+from diffcr_compile.program import Program
+from diffcr_compile.runtime import load
+from diffcr_compile.runtime.dense import DenseRunner
+from diffcr_compile.schedule import CostTable, KeepRatios, TokenSchedule
+from diffcr_compile.stages import (
+    Data,
+    Event,
+    cost_table,
+    export_programs,
+    learn,
+    teacher_states,
+)
+from diffcr_compile.workspace import Workspace, fingerprint
+
+Evaluate = Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Everything that the report speaks about."""
+
+    name: str
+    dense: Program
+    routed: Program
+    frozen: tuple[Program, ...]
+    costs: CostTable
+    result: CalibrationResult
+    manifest: Manifest
+    ladder: tuple[Parity, ...]
+
+
+def calibrated(
+    space: Workspace,
+    key: str,
+    routed: Program,
+    data: Data,
+    budget: float,
+    config: CompileConfig,
+    sampler: Sampler,
+    conditions: Conditions | None,
+    progress: Event | None,
+) -> CalibrationResult:
+    """Rollouts and calibration, or their result from an earlier run."""
+    weights, summary = (
+        space.folder / "model/routed.safetensors",
+        space.folder / "model/calibration.json",
+    )
+    if space.finished("calibrate", key) and weights.exists() and summary.exists():
+        load_trained(routed, weights, config)
+        return _result_from_json(json.loads(summary.read_text()), routed, config)
+    folder = space.subfolder("calibration")
+    rollout_key = fingerprint(
+        space.records["capture"]["key"], config.rollouts.model_dump(), config.calibration.seed
+    )
+    if not space.finished("rollouts", rollout_key):
+        _forget_rollouts(folder, rollout_key)
+    with space.stage("rollouts", rollout_key):
+        states = teacher_states(routed, data, config, sampler, conditions, folder, progress)
+    with space.stage("calibrate", key):
+        result = learn(routed, states, config, budget, folder, key, progress)
+        space.subfolder("model")
+        _save_trained(routed, weights, config)
+        write_json_atomic(summary, _result_to_json(result))
+    return result
+
+
+def _forget_rollouts(folder: Path, key: str) -> None:
+    """Shards of other settings must not be taken for ours."""
+    marker = folder / "rollouts.key"
+    if marker.exists() and marker.read_text() == key:
+        return
+    for shard in folder.glob("rollouts_*.safetensors"):
+        shard.unlink()
+    marker.write_text(key)
+
+
+def exported(
+    space: Workspace,
+    key: str,
+    frozen: Sequence[Program],
+    name: str,
+    config: CompileConfig,
+    progress: Event | None,
+) -> Manifest:
+    key = fingerprint(key, config.export.model_dump())
+    if space.finished("export", key) and (space.folder / "manifest.json").exists():
+        manifest = read_manifest(space.folder)
+        verify_artifact(space.folder, manifest)
+        return manifest
+    with space.stage("export", key):
+        return export_programs(
+            frozen, space.folder, name, config.export.parity_tolerance, progress
+        )
+
+
+def dense_exported(space: Workspace, key: str, dense: Program) -> Path:
+    """The dense model's ONNX, the baseline of size and speed."""
+    path = space.folder / "baseline/dense.onnx"
+    if not (space.finished("baseline", key) and path.exists()):
+        space.subfolder("baseline")
+        with space.stage("baseline", key):
+            export_dense(dense, path)
+    return path
+
+
+def evaluated(space: Workspace, key: str, evaluate: Evaluate | None) -> dict[str, Any] | None:
+    if evaluate is None:
+        return None
+    path = space.subfolder("report") / "quality.json"
+    if not (space.finished("quality", key) and path.exists()):
+        with space.stage("quality", key):
+            runner = load(space.folder)
+            dense = DenseRunner(space.folder / "baseline/dense.onnx")
+            write_json_atomic(path, evaluate(dense, runner, space.folder / "report"))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def reported(
+    space: Workspace,
+    compiled: Compiled,
+    config: CompileConfig,
+    speed: dict[str, Any],
+    quality: dict[str, Any] | None,
+) -> dict[str, Any]:
+    from diffcr_compile.report import write_html, write_keep_map
+    from diffcr_compile.summary import build_report
+
+    folder = space.subfolder("report")
+    with space.stage("report", "always"):
+        report = build_report(compiled, config, speed, quality, space.folder)
+        write_keep_map(report, folder / "keep_map.png")
+    report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
+    write_json_atomic(folder / "report.json", report)
+    write_html(report, folder)
+    return report
+
+
+def _trained_tensors(routed: Program, config: CompileConfig) -> dict[str, Tensor]:
+    every = config.calibration.train == "all"
+    return {
+        name: p
+        for name, p in routed.module.named_parameters()
+        if every or "_select.router." in name
+    }
+
+
+def _save_trained(routed: Program, path: Path, config: CompileConfig) -> None:
+    tensors = {n: t.detach().clone() for n, t in _trained_tensors(routed, config).items()}
+    temporary = path.with_suffix(".partial")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def load_trained(routed: Program, path: Path, config: CompileConfig) -> None:
+    if config.calibration.train == "all":
+        own_weights(routed.module)
+    saved = load_file(path)
+    for name, parameter in _trained_tensors(routed, config).items():
+        parameter.copy_(saved[name])
+
+
+def _result_to_json(result: CalibrationResult) -> dict[str, Any]:
+    return {
+        "keep_ratios": result.keep_ratios.values.tolist(),
+        "schedule": result.schedule.to_json(),
+        "history": list(result.history),
+        "explained": result.explained,
+    }
+
+
+def _result_from_json(
+    data: Mapping[str, Any], routed: Program, config: CompileConfig
+) -> CalibrationResult:
+    schedule = TokenSchedule.from_json(data["schedule"])
+    return CalibrationResult(
+        KeepRatios(tuple(schedule.kept_tokens), np.array(data["keep_ratios"])),
+        schedule,
+        cost_table(routed, config.routing),
+        tuple(data["history"]),
+        dict(data["explained"]),
+    )

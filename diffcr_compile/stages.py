@@ -1,0 +1,241 @@
+"""The stages of a compilation, each a function of programs; what is kept on disk is in ``resumable.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.attachments import checkpointing_off
+from diffcr_compile.calibrate.data import (
+    Conditions,
+    TeacherStates,
+    example_conditions,
+    label_states,
+    roll_out,
+)
+from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
+from diffcr_compile.calibrate.pipelines import PipelineRuns
+from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
+from diffcr_compile.capture import capture
+from diffcr_compile.config import CompileConfig, RoutingConfig
+from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.export.artifact import export_artifact
+from diffcr_compile.export.parity import Parity, compare
+from diffcr_compile.legality import Findings, find_blocks
+from diffcr_compile.macs import measure_costs
+from diffcr_compile.manifest import Manifest
+from diffcr_compile.opened import ExampleInputs, call_of
+from diffcr_compile.passes.base import run_passes
+from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
+from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
+from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
+from diffcr_compile.routing import TokenSelector
+from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule
+
+Data = TeacherStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
+Event = Callable[[str, int, int, Mapping[str, Any]], None]
+
+
+def captured(
+    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
+) -> Program:
+    with checkpointing_off(model):
+        return _found_and_captured(model, example_inputs, config)
+
+
+def _found_and_captured(
+    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
+) -> Program:
+    args, kwargs = call_of(example_inputs)
+    findings = find_blocks(model, args, kwargs, granularity=config.granularity)
+    if not findings.blocks:
+        reasons = "\n".join(f"  {r.block}: {r.reason}" for r in findings.refused)
+        raise UnsupportedModelError(
+            f"no block of {type(model).__name__} can be routed.\n"
+            + (reasons or "  It has no ModuleList, ModuleDict or Sequential of blocks.")
+        )
+    return _capture(model, args, kwargs, findings)
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], findings: Findings
+) -> Program:
+    was_training = model.training
+    model.eval()
+    try:
+        return capture(model, args, kwargs, findings.blocks, findings.refused, findings.sample)
+    finally:
+        model.train(was_training)
+
+
+def routed_program(captured: Program, config: RoutingConfig, seed: int) -> Program:
+    passes = [
+        FuseBlockSpans(config.share_index),
+        InsertTokenRouters(config.gate, config.router, seed),
+    ]
+    return run_passes(captured, passes)
+
+
+def program_of(graph: object, stage: Stage) -> Program:
+    if not isinstance(graph, DiTGraph) or graph.program.stage != stage:
+        found = (
+            graph.program.stage.name if isinstance(graph, DiTGraph) else type(graph).__name__
+        )
+        made_by = {Stage.ROUTED: "route", Stage.FROZEN: "freeze"}[stage]
+        raise UsageError(f"expected a {stage.name} graph from dcr.{made_by}(), got {found}")
+    return graph.program
+
+
+def cost_table(program: Program, config: RoutingConfig) -> CostTable:
+    return measure_costs(
+        program,
+        config.multiple_of,
+        config.min_keep_ratio,
+        config.max_keep_ratio,
+        skip_blocks=config.skip_blocks,
+    )
+
+
+def even_buckets(config: RoutingConfig) -> TimestepBuckets:
+    return TimestepBuckets.even(config.buckets, config.timestep_low, config.timestep_high)
+
+
+def teacher_states(
+    program: Program,
+    data: Data,
+    config: CompileConfig,
+    sampler: Sampler | None,
+    conditions: Conditions | None,
+    folder: Path | None,
+    progress: Event | None,
+) -> TeacherStates:
+    if isinstance(data, TeacherStates):
+        return data
+    if data is not None and not isinstance(data, PipelineRuns):
+        return label_states(program, data)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def shard_done(stage: str, done: int, count: int) -> None:
+        if progress:
+            progress(stage, done, count, {})
+
+    if data is not None:
+        return data.teacher_states(
+            program,
+            config.rollouts,
+            config.routing,
+            config.calibration.seed,
+            folder,
+            shard_done,
+        )
+    return roll_out(
+        program,
+        sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high),
+        config.rollouts,
+        conditions or example_conditions(program),
+        config.calibration.seed,
+        folder,
+        shard_done,
+    )
+
+
+def export_programs(
+    programs: Sequence[Program],
+    out: Path,
+    name: str,
+    tolerance: float,
+    progress: Event | None = None,
+) -> Manifest:
+    first = programs[0]
+    schedule = first.schedule
+    assert schedule is not None
+    return export_artifact(
+        programs,
+        out,
+        model_info={
+            "name": name,
+            "revision": None,
+            "parameters": sum(p.numel() for p in first.module.parameters()),
+        },
+        timestep_input=first.timestep_input,
+        sample_input=first.sample_input,
+        budget={"metric": "macs", "asked": schedule.asked, "reached": schedule.reached},
+        parity_tolerance=tolerance,
+        progress=(lambda done, count: progress("export", done, count, {}))
+        if progress
+        else None,
+    )
+
+
+def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:
+    """One timestep bucket, every block at the same keep ratio, rounded to whole tokens."""
+    if not 0 <= keep_ratio <= 1:
+        raise UsageError(f"keep_ratio must be in [0, 1], got {keep_ratio}")
+    return TokenSchedule(
+        {spec.name: (round(keep_ratio * spec.num_tokens),) for spec in program.blocks},
+        {spec.name: spec.num_tokens for spec in program.blocks},
+        TimestepBuckets.even(1),
+    )
+
+
+@torch.no_grad()
+def all_kept_parity(dense: Program, routed: Program) -> Parity:
+    """ROUTED with all tokens kept against the dense graph: must be equal bit for bit."""
+    return compare(
+        "dense -> ROUTED, all tokens kept",
+        run_flat(routed, routed.example),
+        run_flat(dense, dense.example),
+        0.0,
+    )
+
+
+@torch.no_grad()
+def frozen_parity(routed: Program, frozen: Program) -> Parity:
+    """FROZEN against ROUTED with its selectors at the schedule's column."""
+    assert frozen.schedule is not None
+    assert frozen.bucket is not None
+    selectors: list[tuple[TokenSelector, int]] = []
+    for spec in routed.blocks:
+        selector = routed.module.get_submodule(selector_name(spec.name))
+        assert isinstance(selector, TokenSelector)
+        selectors.append((selector, frozen.schedule.kept_tokens[spec.name][frozen.bucket]))
+    for selector, kept in selectors:
+        selector.keep(kept)
+    expected = run_flat(routed, routed.example)
+    for selector, _ in selectors:
+        selector.keep(selector.num_tokens)
+    found = run_flat(frozen, frozen.example)
+    return compare("ROUTED -> FROZEN", found, expected, 1e-5, bucket=frozen.bucket)
+
+
+def learn(
+    program: Program,
+    states: TeacherStates,
+    config: CompileConfig,
+    budget: float,
+    folder: Path | None = None,
+    key: str = "",
+    progress: Event | None = None,
+) -> CalibrationResult:
+    """Calibrate a ROUTED program on ready teacher states, see :func:`diffcr_compile.calibrate`."""
+
+    def step(record: Mapping[str, Any], steps: int) -> None:
+        if progress:
+            progress("calibrate", int(record["step"]), steps, record)
+
+    return run_calibration(
+        program,
+        states,
+        config.calibration,
+        cost_table(program, config.routing),
+        states.buckets or even_buckets(config.routing),
+        budget,
+        folder=folder,
+        key=key,
+        report=step,
+    )

@@ -16,6 +16,8 @@ OUT ?= out
 BUDGET ?= 60%
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# tests run side by side, a file to a process and one thread each: small models gain nothing from more
+TEST_JOBS ?= auto
 EXTRAS := cpu,dev,diffusers,quality,report,rtx
 BENCHMARKS := quality_reference routing_overhead
 
@@ -46,7 +48,8 @@ demo: $(STAMP) ## compile the reference DiT into OUT: artifact and report
 	$(BIN)/diffcr demo -o "$(OUT)" --budget "$(BUDGET)"
 
 test: $(STAMP) ## all tests but gpu and soak, with the slowest listed
-	$(BIN)/python -m pytest -q -m "not gpu and not soak" --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not soak" -n $(TEST_JOBS) --maxprocesses=4 \
+	  --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict on the package, import layers
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""The verbs of ``diffcr``, one file each; ``cli.py`` puts them together."""

@@ -1,0 +1,60 @@
+"""Arguments and options that several verbs have, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from diffcr_compile.errors import UsageError
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="the artifact's folder")]
+Budget = Annotated[str, typer.Option(help="share of the dense MACs, such as 60%")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="one setting, such as calibration.steps=200")
+]
+Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say what would be done and written; write nothing")
+]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="demo, python:<module>:<factory>, or diffusers:<folder>\\[#component], a pipeline or a model"
+    ),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        help="safetensors with example inputs, one tensor per argument; of a pipeline: of its call"
+    ),
+]
+PipelineFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--pipeline-inputs",
+        help="YAML or JSON with the arguments of a pipeline's call, or a list of such",
+    ),
+]
+
+
+def settings(
+    config: Path | None,
+    assignments: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
+    """The settings of a compilation from ``--config`` and ``--set``."""
+    from diffcr_compile.config import load_config
+
+    overrides: dict[str, Any] = {}
+    for text in assignments or []:
+        key, found, value = text.partition("=")
+        if not found:
+            raise UsageError(f"--set takes key=value, got {text!r}")
+        overrides[key] = yaml.safe_load(value)
+    return load_config(config, overrides, defaults)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from diffcr_compile.commands.lint import lint
 from diffcr_compile.errors import INTERRUPTED, DiffCRError, UsageError
 
 app = typer.Typer(
@@ -79,6 +80,9 @@ def main() -> None:
         if hasattr(error, "show"):
             error.show()
         sys.exit(usage)
+
+
+app.command()(lint)
 
 
 @app.command()
@@ -152,8 +156,9 @@ def inspect(
     inputs: Inputs = None,
     pipeline_inputs: PipelineFile = None,
     target: Annotated[
-        str, typer.Option(help="device: ort-cpu, orin-jp6, thor-jp7 or rtx")
-    ] = "ort-cpu",
+        str,
+        typer.Option(help="device, such as jetson-orin-nx (docs/targets.md); or a YAML file"),
+    ] = "onnxruntime-cpu",
     macs_per_byte: Annotated[
         float | None,
         typer.Option(help="MACs the device does in the time in which it moves a byte"),

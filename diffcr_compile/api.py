@@ -34,7 +34,7 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.planning.inspection import Plan, make_plan
-from diffcr_compile.planning.targets import find_target
+from diffcr_compile.planning.targets import find_target, find_targets, largest_topk
 from diffcr_compile.program import (
     DiTGraph,
     Stage,
@@ -104,7 +104,7 @@ def inspect(
     example_inputs: ExampleInputs | None = None,
     config: RoutingConfig | None = None,
     *,
-    target: str = "ort-cpu",
+    target: str = "onnxruntime-cpu",
     macs_per_byte: float | None = None,
     pipeline_inputs: PipelineInputs = None,
     component: str | None = None,
@@ -118,7 +118,7 @@ def inspect(
         model: any DiT, or a pipeline of diffusers, which is run for a few steps.
         example_inputs: keyword inputs as a dict, or positional ones as a tuple; of a pipeline none.
         config: settings of the routing.
-        target: name of the device whose limits count, see ``planning/targets.py``.
+        target: name of the device whose limits count, see ``docs/targets.md``.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
         pipeline_inputs: of a pipeline: the keyword arguments of its call.
         component: of a pipeline: the name of the denoiser, where there are several.
@@ -216,6 +216,7 @@ def freeze(
     *,
     keep_ratio: float | None = None,
     schedule: TokenSchedule | None = None,
+    target: str | Sequence[str] | None = None,
 ) -> tuple[DiTGraph, ...]:
     """One static graph per timestep bucket; adjacent buckets with equal schedules become one.
 
@@ -224,7 +225,9 @@ def freeze(
         result: what :func:`calibrate` learned; or give one of the other two.
         keep_ratio: the same keep ratio in [0, 1] for every block.
         schedule: kept tokens per block and bucket.
+        target: where the graphs will run; a K beyond the TopK of one of them is said in pieces.
     """
+    limit = largest_topk(find_targets(target))
     program = program_of(routed, Stage.ROUTED)
     given = [value for value in (result, keep_ratio, schedule) if value is not None]
     if len(given) != 1:
@@ -236,7 +239,9 @@ def freeze(
     assert schedule is not None
     schedule = schedule.merged()
     return tuple(
-        run_passes(program, [FreezeKeptTokens(schedule, bucket), RemoveFullBlocks()]).module
+        run_passes(
+            program, [FreezeKeptTokens(schedule, bucket, limit), RemoveFullBlocks()]
+        ).module
         for bucket in range(len(schedule.buckets))
     )
 
@@ -247,14 +252,24 @@ def export(
     *,
     name: str = "model",
     parity_tolerance: float = 1e-4,
+    target: str | Sequence[str] | None = None,
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
 
+    Args:
+        frozen: from :func:`freeze`, one per timestep bucket.
+        out: the artifact's folder.
+        name: of the model, for the manifest.
+        parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
+        target: where the graphs will run; freeze them for the same targets.
+
     Raises:
         AccuracyError: ONNX Runtime differs from a FROZEN graph by more than the tolerance.
+        TargetError: a target does not take a graph; names each rule.
     """
+    targets = find_targets(target)
     programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
-    manifest = export_programs(programs, Path(out), name, parity_tolerance)
+    manifest = export_programs(programs, Path(out), name, parity_tolerance, targets=targets)
     return Artifact(Path(out), manifest)
 
 
@@ -301,6 +316,7 @@ def compile(
         UnsupportedModelError, BudgetError, UsageError, ArtifactError, AccuracyError: see each stage.
     """
     config = config or CompileConfig()
+    find_targets(config.export.target)  # a wrong name is said before hours of work
     share = parse_budget(budget)
     model, example_inputs, runs = open_model(
         model, example_inputs, pipeline_inputs, component, config.rollouts.steps
@@ -335,7 +351,8 @@ def compile(
             progress,
         )
         with space.stage("freeze", key):
-            frozen = [graph.program for graph in freeze(routed.module, result)]
+            graphs = freeze(routed.module, result, target=config.export.target)
+            frozen = [graph.program for graph in graphs]
             ladder += [frozen_parity(routed, program) for program in frozen]
         manifest = exported(space, key, frozen, name, config, progress)
         dense_exported(space, fingerprint(identity, config.export.batch), dense)

@@ -137,6 +137,11 @@ class ExportConfig(_Section):
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )
+    target: tuple[str, ...] | None = Field(
+        default=None,
+        description="devices that every graph must suit, by name or YAML file (docs/targets.md): their "
+        "limits shape the graphs, and what they do not take is refused; null for none",
+    )
 
 
 class CompileConfig(_Section):

@@ -5,6 +5,7 @@
     + BudgetError              2   the budget cannot be reached; names the smallest that can
   - UnsupportedModelError      3   the model cannot be captured, or no block can be routed
     + CaptureError             3
+    + TargetError              3   a graph has what its target does not take
   - EnvironmentMissingError    4   a package, a version or a device is missing
   - ResourceError              5   memory or disk
   - AccuracyError              6   a parity or quality gate was not met
@@ -54,6 +55,10 @@ class UnsupportedModelError(DiffCRError):
 
 class CaptureError(UnsupportedModelError):
     """torch.export could not capture the model."""
+
+
+class TargetError(UnsupportedModelError):
+    """A graph has what the device or runtime that it is meant for does not take."""
 
 
 class EnvironmentMissingError(DiffCRError):

@@ -25,6 +25,7 @@ from diffcr_compile.manifest import (
     verify_artifact,
     write_json_atomic,
 )
+from diffcr_compile.planning.targets import find_targets
 from diffcr_compile.program import Program
 from diffcr_compile.runtime import load
 from diffcr_compile.runtime.dense import DenseRunner
@@ -116,7 +117,12 @@ def exported(
         return manifest
     with space.stage("export", key):
         return export_programs(
-            frozen, space.folder, name, config.export.parity_tolerance, progress
+            frozen,
+            space.folder,
+            name,
+            config.export.parity_tolerance,
+            progress,
+            find_targets(config.export.target),
         )
 
 

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.large_topk import large_topk
+
 Gate = Literal["straight_through", "paper"]
 
 
@@ -142,15 +144,20 @@ def image_tokens(stream: Tensor, start: int, num_tokens: int) -> Tensor:
     return stream[:, start : start + num_tokens]
 
 
-def select_tokens(logits: Tensor, kept_tokens: int, shares_index: bool) -> Tensor:
-    """Positions of the `kept_tokens` highest logits, best first: (B, N) -> (B, K).
+def select_tokens(
+    logits: Tensor, kept_tokens: int, shares_index: bool, max_topk: int | None = None
+) -> Tensor:
+    """Positions of the `kept_tokens` highest logits: (B, N) -> (B, K).
 
-    With `shares_index` the mean over the batch decides, and all rows of the result are equal.
+    With `shares_index` the mean over the batch decides, and all rows of the result are equal. Best
+    first, but where a K above `max_topk` is said by the tokens that are bypassed: then ascending.
     """
-    if not shares_index:
-        return logits.topk(kept_tokens, dim=1).indices
-    index = logits.mean(0, keepdim=True).topk(kept_tokens, dim=1).indices  # (1, K)
-    return index.expand(logits.shape[0], -1)
+    ranked = logits.mean(0, keepdim=True) if shares_index else logits  # (B or 1, N)
+    if max_topk is None or kept_tokens <= max_topk:
+        index = ranked.topk(kept_tokens, dim=1).indices  # (B or 1, K)
+    else:
+        index = large_topk(ranked, kept_tokens, max_topk)
+    return index.expand(logits.shape[0], -1) if shares_index else index
 
 
 def paper_gate(logits: Tensor, index: Tensor | None) -> Tensor:

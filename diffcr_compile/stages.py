@@ -32,6 +32,7 @@ from diffcr_compile.opened import ExampleInputs, call_of
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
+from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule
@@ -150,6 +151,7 @@ def export_programs(
     name: str,
     tolerance: float,
     progress: Event | None = None,
+    targets: Sequence[Target] = (),
 ) -> Manifest:
     first = programs[0]
     schedule = first.schedule
@@ -166,6 +168,7 @@ def export_programs(
         sample_input=first.sample_input,
         budget={"metric": "macs", "asked": schedule.asked, "reached": schedule.reached},
         parity_tolerance=tolerance,
+        targets=targets,
         progress=(lambda done, count: progress("export", done, count, {}))
         if progress
         else None,

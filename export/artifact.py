@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from diffcr_compile.errors import (
     one_line,
 )
 from diffcr_compile.export.golden import golden_path, output_names, read_golden, write_golden
+from diffcr_compile.export.lint import lint_file, refuse
 from diffcr_compile.export.onnx_model import (
     OPSET,
     evaluating,
@@ -42,6 +44,7 @@ from diffcr_compile.manifest import (
     write_json_atomic,
     write_manifest,
 )
+from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import Program, Stage, run_flat
 from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.schedule import TimestepBuckets
@@ -65,6 +68,7 @@ def export_artifact(
     budget: Mapping[str, Any],
     parity_tolerance: float = 1e-4,
     progress: Progress | None = None,
+    targets: Sequence[Target] = (),
 ) -> Manifest:
     """Write onnx/, golden/, model/schedule.json, model/node_map.json and, last, manifest.json.
 
@@ -82,10 +86,12 @@ def export_artifact(
         budget: metric, asked and reached, for the manifest.
         parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
         progress: called with (buckets done, buckets).
+        targets: devices that must take every graph.
 
     Raises:
         UsageError: the programs are not the buckets of one schedule, or an input is unknown.
         UnsupportedModelError: a graph cannot be said in ONNX.
+        TargetError: a target does not take a graph.
         AccuracyError: a bucket differs from FROZEN by more than the tolerance.
         ResourceError: the disk is full or cannot be written.
     """
@@ -93,6 +99,7 @@ def export_artifact(
     inputs_for = inputs_for or _middle_inputs(frozen[0], timestep_input)
     with _staging(folder) as staging:
         graphs = _write_graphs(frozen, staging, inputs_for, progress)
+        _suit(staging, graphs, targets, tuple(b.name for b in frozen[0].blocks))
         rows = [
             _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
             for bucket in range(len(frozen))
@@ -240,6 +247,15 @@ def _middle_inputs(program: Program, timestep_input: str | None) -> InputsFor:
         return {**program.example, timestep_input: torch.full_like(example, middle)}
 
     return inputs
+
+
+def _suit(
+    staging: Path, graphs: Sequence[str], targets: Sequence[Target], blocks: Sequence[str]
+) -> None:
+    """Raise TargetError if a graph has what a target does not take."""
+    maps = json.loads((staging / "model/node_map.json").read_text(encoding="utf-8"))
+    for graph in dict.fromkeys(graphs if targets else ()):
+        refuse(lint_file(staging / graph, targets, maps[graph], blocks))
 
 
 def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> Parity:

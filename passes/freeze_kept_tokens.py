@@ -30,17 +30,24 @@ class FreezeKeptTokens(Pass):
     Args:
         schedule: kept tokens per block and timestep bucket; must name every routed block.
         bucket: which column of the schedule.
+        max_topk: largest K of a TopK where the graph will run; a larger one is said in pieces, with
+            the same set of tokens (``select_tokens(router(x), 4000, False, 3840)``). None: no limit.
     """
 
     name: ClassVar[str] = "freeze-kept-tokens"
     schedule: TokenSchedule
     bucket: int
+    max_topk: int | None = None
 
     def requires(self, program: Program) -> None:
         if program.stage != Stage.ROUTED:
             raise PreconditionError(
                 f"{self.name} needs a ROUTED program, got {program.stage.name}; "
                 "run insert-token-routers first"
+            )
+        if self.max_topk is not None and self.max_topk < 1:
+            raise PreconditionError(
+                f"{self.name}: max_topk must be at least 1, got {self.max_topk}"
             )
         if not 0 <= self.bucket < len(self.schedule.buckets):
             raise PreconditionError(
@@ -78,7 +85,9 @@ class FreezeKeptTokens(Pass):
                 _skip_block(selection)
                 continue
             routers[router_name(spec.name)] = program.module.get_submodule(f"{target}.router")
-            _freeze(graph, selection, spec, column[spec.name], program.gate)
+            kept = column[spec.name]
+            limit = self.max_topk if self.max_topk and kept > self.max_topk else None
+            _freeze(graph, selection, spec, kept, limit, program.gate)
         erase_unused(graph)
         frozen = program.with_graph(
             graph, routers, stage=Stage.FROZEN, schedule=self.schedule, bucket=self.bucket
@@ -104,7 +113,12 @@ def _skip_block(selection: fx.Node) -> None:
 
 
 def _freeze(
-    graph: fx.Graph, selection: fx.Node, spec: BlockSpec, kept: int, gate: Gate
+    graph: fx.Graph,
+    selection: fx.Node,
+    spec: BlockSpec,
+    kept: int,
+    max_topk: int | None,
+    gate: Gate,
 ) -> None:
     name = identifier(spec.name)
     stream = selection.args[0]
@@ -118,7 +132,7 @@ def _freeze(
         index = graph.create_node(
             "call_function",
             routing.select_tokens,
-            (logits, kept, spec.shares_index),
+            (logits, kept, spec.shares_index, *([max_topk] if max_topk else [])),
             name=f"{name}_index",
         )
         paper = (

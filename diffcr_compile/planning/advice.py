@@ -28,7 +28,7 @@ def advise(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> tuple[
     """
     return (
         *_can_it_run(plan),
-        *_limits(plan, dtypes, config),
+        *_limits(plan, dtypes),
         *_is_it_worth_it(plan),
         *_does_it_fit(plan, config),
     )
@@ -50,7 +50,7 @@ def _can_it_run(plan: Plan) -> Iterator[str]:
         )
 
 
-def _limits(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> Iterator[str]:
+def _limits(plan: Plan, dtypes: Collection[str]) -> Iterator[str]:
     target = plan.target
     for op, why in target.troubles(plan.ops).items():
         yield f"{op} runs {plan.ops[op]} times per forward; on {target.name}: {why}"
@@ -58,7 +58,7 @@ def _limits(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> Itera
     if unknown:
         yield f"{target.runtime} is not known to read {', '.join(unknown)}, which routing adds"
     if target.max_topk is not None:
-        yield from _top_k(plan, target.max_topk, config)
+        yield from _top_k(plan, target.max_topk)
     if "bfloat16" in dtypes:
         yield (
             "bfloat16 cannot be exported at opset 20: give the model in float16 or float32 "
@@ -71,7 +71,7 @@ def _limits(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> Itera
         )
 
 
-def _top_k(plan: Plan, most: int, config: CompileConfig) -> Iterator[str]:
+def _top_k(plan: Plan, most: int) -> Iterator[str]:
     large = [block for block in plan.details if block.spec.num_tokens > most]
     if not large:
         return
@@ -79,8 +79,8 @@ def _top_k(plan: Plan, most: int, config: CompileConfig) -> Iterator[str]:
     ratio = most / tokens
     yield (
         f"{plan.target.runtime} builds no TopK of K > {most}, and {len(large)} blocks have up to {tokens} "
-        f"tokens: keep ratios between {ratio:.3f} and 1 cannot be built; "
-        f"--set routing.max_keep_ratio={min(ratio, config.routing.max_keep_ratio):.3f}"
+        f"tokens: keep ratios between {ratio:.3f} and 1 need a graph for this target; "
+        f"--set 'export.target=[\"{plan.target.name}\"]'"
     )
 
 

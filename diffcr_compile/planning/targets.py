@@ -1,112 +1,96 @@
-"""What the devices that graphs are made for can and cannot do.
+"""What the devices that graphs are made for can and cannot do, from the files in ``export/targets``.
 
-Every fact here was read in a source or tried, as said beside it; what is not known stands as None or
-is left out. TRT stands for TensorRT. No speed of a device is stated, because none was measured on one.
+Every fact there was read in a source or tried, as said beside it; what is not known is left out. No
+speed of a device is stated, because none was measured on one.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from diffcr_compile.errors import UsageError
+from diffcr_compile.planning.target_files import (
+    SHIPPED,
+    ImporterFile,
+    KnownBug,
+    Spelling,
+    TargetFile,
+    did_you_mean,
+    read_facts,
+    read_list,
+)
 
-# Beyond this the engine *build* fails; the parser accepts it. The limit stands in the headers of TRT
-# 10.3, 10.13 and 11.1, and a build of TensorRT-RTX 1.7 on K = 4096 was refused.
-TENSORRT_MAX_TOPK = 3840
-# One file of opset 20 and IR 10 serves every TRT from 10.3 to 11.
-PORTABLE_OPSET, PORTABLE_IR = 20, 10
 # What routing adds to a block in the exported graph. MatMul is the router's.
 ROUTING_OPS = ("MatMul", "TopK", "GatherND", "ScatterND")
-
-# ONNX ops that the parser of TRT 10.1 imports (onnx-tensorrt 96e7811, ONNX names only). 10.3 has at
-# least these.
-_TENSORRT_10_1 = frozenset(
-    """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool
-    BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv
-    ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Div Dropout
-    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND
-    Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
-    GroupNormalization HardSigmoid HardSwish Hardmax Identity If ImageScaler
-    InstanceNormalization IsInf IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual
-    Log LogSoftmax Loop LpNormalization LpPool MatMul Max MaxPool Mean
-    MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or
-    PRelu Pad ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike
-    RandomUniform RandomUniformLike Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum
-    ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
-    Reshape Resize ReverseSequence RoiAlign Round ScaledTanh Scan Scatter ScatterElements
-    ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign
-    SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose
-    Trilu Unsqueeze Upsample Where Xor
-    """.split()  # noqa: SIM905 - 150 names in quotes are harder to read
-)
-# ATen op -> why its export is a problem, found by building 152 small graphs with TensorRT-RTX 1.7 and
-# by reading the parser of TRT 10.1.
-_TENSORRT_TROUBLE = {
-    "aten.nonzero": "NonZero: its size depends on data; TensorRT-RTX has no plugin for it",
-    "aten._unique2": "Unique is refused by the build",
-    "aten.unique_dim": "Unique is refused by the build",
-    "aten.masked_select": "Compress is refused by the build, and its size depends on data",
-    "aten.bitwise_left_shift": "BitShift is refused by the build",
-    "aten.bitwise_right_shift": "BitShift is refused by the build",
-    "aten.cumsum": "CumSum is built as a loop before TRT 10.8: slow",
-    "aten.scatter_add": "ScatterElements with a reduction is refused or falls to a plugin",
-    "aten.scatter_reduce": "ScatterElements with a reduction is refused or falls to a plugin",
-    "aten.index_add": "ScatterND with a reduction is refused by the parser",
+_RUNTIMES = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
+class Target(TargetFile):
     """A device with its runtime, and their limits.
 
     Attributes:
         name: as on the command line.
+        aliases: other names for it.
         device: what people call it.
-        runtime: what runs the graph there.
+        engine: which runtime it is.
+        version: of the runtime; the oldest, if several are meant.
+        importer: what reads ONNX there.
         sm: CUDA compute capabilities as integers (87 is 8.7); none without a GPU.
-        max_opset: newest ONNX opset that is known to be read; None for "newer than any we write".
-        max_ir: newest ONNX IR version that is known to be read; None as before.
-        max_topk: largest K of a TopK; None without a limit.
-        importer_ops: ONNX ops that are known to be read; None for all standard ones.
-        trouble: ATen op -> why its export is a problem there.
+        memory_bytes: of the device, the smallest module of that name; None if it varies.
+        unified_memory: the GPU shares it with the host.
         dtypes: floating types that run there, best known first.
         fused_attention: floating types whose attention is one kernel that keeps no score matrix.
         build_memory: peak memory of an engine build / bytes of weights; None where nothing is built.
         macs_per_byte: MACs done in the time in which a byte is moved; None where nobody measured it.
         remarks: what else one should know before a build.
+        min_opset, max_opset: ONNX opsets that are known to be read; None for no known bound.
+        max_ir: newest ONNX IR version that is known to be read.
+        max_rank: most axes of a tensor.
+        max_topk: largest K of a TopK; None without a limit.
+        operators: ONNX operator -> types of its first input; None for all standard operators.
+        other_types: types of tensors that are no floating ones.
+        cast_down: types that are read, and computed in less.
+        forbidden: spellings that are refused although the operator is read.
+        bugs: wrong results that are known of this version on these compute capabilities.
     """
 
-    name: str
-    device: str
-    runtime: str
-    sm: tuple[int, ...] = ()
+    min_opset: int | None = None
     max_opset: int | None = None
     max_ir: int | None = None
+    max_rank: int | None = None
     max_topk: int | None = None
-    importer_ops: frozenset[str] | None = None
-    trouble: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    dtypes: tuple[str, ...] = ("float32",)
-    fused_attention: tuple[str, ...] = ()
-    build_memory: float | None = None
-    macs_per_byte: float | None = None
-    remarks: tuple[str, ...] = ()
+    operators: Mapping[str, tuple[str, ...]] | None = None
+    other_types: tuple[str, ...] = ()
+    cast_down: tuple[str, ...] = ()
+    forbidden: tuple[Spelling, ...] = ()
+    bugs: tuple[KnownBug, ...] = ()
+
+    @property
+    def runtime(self) -> str:
+        """What runs the graph there: ``TensorRT 10.3``."""
+        return f"{_RUNTIMES[self.engine]} {self.version}"
+
+    @property
+    def importer_ops(self) -> frozenset[str] | None:
+        """ONNX operators that are known to be read; None for all standard ones."""
+        return None if self.operators is None else frozenset(self.operators)
 
     def unknown_ops(self, ops: Iterable[str]) -> tuple[str, ...]:
         """Those ONNX ops that the target is not known to read, each once, sorted."""
-        if self.importer_ops is None:
-            return ()
-        return tuple(sorted(set(ops) - self.importer_ops))
+        return () if self.operators is None else tuple(sorted(set(ops) - set(self.operators)))
 
     def troubles(self, aten_ops: Iterable[str]) -> dict[str, str]:
         """Those ATen ops (``aten.cumsum.default``) whose export is a problem here, and why."""
-        found = {}
-        for op in aten_ops:
-            why = self.trouble.get(op.rpartition(".")[0])
-            if why:
-                found[op] = why
-        return found
+        trouble = {op: f"{s.op}: {s.reason}" for s in self.forbidden for op in s.aten}
+        found = {op: trouble.get(op.rpartition(".")[0]) for op in aten_ops}
+        return {op: why for op, why in found.items() if why}
 
     def limits(self) -> str:
         """One line for people."""
@@ -119,79 +103,144 @@ class Target:
         return ", ".join(part for part in parts if part)
 
 
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target(
-            name="ort-cpu",
-            device="any CPU",
-            runtime="ONNX Runtime",
-            # benchmarks/results/demo_report.json, one thread: 39.9 GMAC/s in the dense loop; what
-            # the compressed loop took beyond its MACs, against the bytes it moved, is 11.7 GB/s.
-            macs_per_byte=3.4,
-        ),
-        Target(
-            name="orin-jp6",
-            device="Jetson Orin, JetPack 6.1 or 6.2",
-            runtime="TensorRT 10.3",
-            sm=(87,),
-            max_opset=20,  # parser of 10.0 to 10.3: opset 9 to 20 (ONNX 1.16)
-            max_ir=PORTABLE_IR,
-            max_topk=TENSORRT_MAX_TOPK,
-            importer_ops=_TENSORRT_10_1,
-            trouble=_TENSORRT_TROUBLE,
-            # fp16, int8 and int4; bf16 engines are known to run; no fp8, no fp4
-            dtypes=("float16", "bfloat16", "float32"),
-            fused_attention=("float16", "bfloat16"),
-            build_memory=3.3,
-            remarks=(
-                "wrong results with dynamic shapes are reported: build one static engine per bucket",
-                "compare each engine with its golden outputs on the device",
-                "ScatterND must not carry the attribute `reduction`, not even 'none', before 10.9",
-            ),
-        ),
-        Target(
-            name="thor-jp7",
-            device="Jetson Thor, JetPack 7.0 or 7.1",
-            runtime="TensorRT 10.13",
-            sm=(110,),
-            max_opset=PORTABLE_OPSET,
-            max_ir=PORTABLE_IR,
-            max_topk=TENSORRT_MAX_TOPK,
-            importer_ops=_TENSORRT_10_1,
-            trouble={k: v for k, v in _TENSORRT_TROUBLE.items() if k != "aten.cumsum"},
-            dtypes=("float16", "bfloat16", "float32", "float8_e4m3fn"),
-            fused_attention=("float16", "bfloat16"),
-            build_memory=3.3,
-        ),
-        Target(
-            name="rtx",
-            device="GeForce RTX or RTX PRO",
-            runtime="TensorRT-RTX 1.7",
-            sm=(75, 80, 86, 89, 120, 121),  # an engine can be built for these without a GPU
-            max_opset=27,  # headers of opset 9 to 27 and IR 8 to 14 were accepted
-            max_ir=14,
-            max_topk=TENSORRT_MAX_TOPK,
-            importer_ops=(_TENSORRT_10_1 - {"NonZero"})
-            | {"RMSNormalization", "RotaryEmbedding", "Swish"},
-            trouble={k: v for k, v in _TENSORRT_TROUBLE.items() if k != "aten.cumsum"},
-            dtypes=("float16", "bfloat16", "float32"),
-            fused_attention=("float16", "bfloat16"),
-            build_memory=3.3,
-            remarks=(
-                "bfloat16 does not build for SM75; the opset-23 Attention op does not build in float32",
-            ),
-        ),
-    )
-}
+def find_target(name: str, folder: Path | None = None) -> Target:
+    """A target by its name or alias, or from the YAML file that `name` is the path of.
 
-
-def find_target(name: str) -> Target:
-    """A target by name.
+    Args:
+        name: ``jetson-orin-nx``, or ``boards/mine.yaml``.
+        folder: a folder or file with more targets; theirs win over the shipped ones.
 
     Raises:
         UsageError: there is none of that name; lists those there are.
     """
-    if name not in TARGETS:
-        raise UsageError(f"there is no target {name!r}; the targets are {', '.join(TARGETS)}")
-    return TARGETS[name]
+    if name.endswith((".yaml", ".yml")):
+        return read_targets(Path(name))[0]
+    known = all_targets(folder)
+    for target in known:
+        if name == target.name or name in target.aliases:
+            return target
+    names = [n for target in known for n in (target.name, *target.aliases)]
+    raise UsageError(
+        f"there is no target {name!r}{did_you_mean(name, names)}. The targets are {', '.join(names)}, "
+        "or the path of a YAML file"
+    )
+
+
+def all_targets(folder: Path | None = None) -> tuple[Target, ...]:
+    """The shipped targets, after those of `folder`, a folder or file of the user's."""
+    own = read_targets(folder) if folder is not None else ()
+    taken = {target.name for target in own}
+    return (*own, *(target for target in _shipped() if target.name not in taken))
+
+
+def read_targets(path: Path) -> tuple[Target, ...]:
+    """The targets in a YAML file, or in the YAML files of a folder.
+
+    Importers and bugs are looked for beside the files, then among the shipped ones.
+
+    Raises:
+        UsageError: nothing is there, or a file is wrong; says which key.
+    """
+    if path.is_dir():
+        folder, files = path, sorted(path.glob("*.y*ml"))
+        if not files:
+            raise UsageError(f"{path} has no YAML file; a target is described in one")
+    else:
+        folder, files = path.parent, [path]
+    importers = _importers(SHIPPED) | _importers(folder)
+    bugs = {bug.id: bug for place in (SHIPPED, folder) for bug in _bugs(place)}
+    return tuple(
+        _resolved(read_facts(TargetFile, file), file, importers, tuple(bugs.values()))
+        for file in files
+    )
+
+
+def largest_topk(targets: Iterable[Target]) -> int | None:
+    """The K of a TopK that all of them build; None without a limit."""
+    limits = [target.max_topk for target in targets if target.max_topk is not None]
+    return min(limits, default=None)
+
+
+def find_targets(names: str | Sequence[str] | None) -> tuple[Target, ...]:
+    """Several targets by name; one name and None stand for one and none."""
+    return tuple(
+        find_target(name) for name in ([names] if isinstance(names, str) else names or ())
+    )
+
+
+@functools.cache
+def _shipped() -> tuple[Target, ...]:
+    return read_targets(SHIPPED)
+
+
+def _importers(folder: Path) -> dict[str, ImporterFile]:
+    found = [
+        read_facts(ImporterFile, file) for file in sorted(folder.glob("importers/*.y*ml"))
+    ]
+    return {importer.name: importer for importer in found}
+
+
+def _bugs(folder: Path) -> tuple[KnownBug, ...]:
+    files = sorted(folder.glob("bugs/*.y*ml"))
+    return tuple(bug for file in files for bug in read_list(KnownBug, file))
+
+
+def _resolved(
+    target: TargetFile,
+    file: Path,
+    importers: Mapping[str, ImporterFile],
+    bugs: Sequence[KnownBug],
+) -> Target:
+    chain = _chain(target.importer, file, importers)  # the oldest first
+    operators: dict[str, tuple[str, ...]] = {}
+    forbidden: dict[str, Spelling] = {}
+    bounds: dict[str, Any] = {}
+    for importer in chain:
+        for group in importer.operators:
+            operators |= dict.fromkeys(group.names.split(), group.types)
+        for name in (*importer.removed, *importer.lifted):
+            if name not in (operators if name in importer.removed else forbidden):
+                raise UsageError(
+                    f"importer {importer.name}: there is no {name!r} to take away"
+                )
+            (operators if name in importer.removed else forbidden).pop(name)
+        forbidden |= {spelling.id: spelling for spelling in importer.forbidden}
+        given = importer.model_dump(exclude_none=True)
+        bounds |= {key: value for key, value in given.items() if key in _BOUNDS}
+    facts: dict[str, Any] = {
+        **target.model_dump(),
+        **{_BOUNDS[key]: value for key, value in bounds.items()},
+        "operators": operators or None,
+        "forbidden": tuple(forbidden.values()),
+        "bugs": tuple(b for b in bugs if b.concerns(target.engine, target.version, target.sm)),
+    }
+    return Target(**facts)
+
+
+# key of an importer's file -> attribute of a target
+_BOUNDS = {
+    "min_opset": "min_opset",
+    "max_opset": "max_opset",
+    "max_ir": "max_ir",
+    "max_rank": "max_rank",
+    "max_topk": "max_topk",
+    "integers": "other_types",
+    "cast_down": "cast_down",
+}
+
+
+def _chain(
+    name: str, file: Path, importers: Mapping[str, ImporterFile]
+) -> tuple[ImporterFile, ...]:
+    chain: list[ImporterFile] = []
+    following: str | None = name
+    while following is not None:
+        if following not in importers:
+            raise UsageError(
+                f"{file}: there is no importer {following!r}{did_you_mean(following, importers)}"
+            )
+        if importers[following] in chain:
+            raise UsageError(f"{file}: importer {following!r} extends itself")
+        chain.insert(0, importers[following])
+        following = importers[following].extends
+    return tuple(chain)

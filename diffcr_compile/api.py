@@ -133,7 +133,7 @@ def inspect(
     try:
         model = prepared(model, settings.routing.fuse_adapters)
     except UnsupportedModelError as error:
-        problem = str(error)
+        problem = error.message
     with checkpointing_off(model):
         return make_plan(model, args, kwargs, settings, device, macs_per_byte, problem)
 
@@ -231,7 +231,9 @@ def freeze(
     program = program_of(routed, Stage.ROUTED)
     given = [value for value in (result, keep_ratio, schedule) if value is not None]
     if len(given) != 1:
-        raise UsageError("freeze needs exactly one of result, keep_ratio and schedule")
+        raise UsageError(
+            "freeze needs exactly one of result, keep_ratio and schedule", code="DCR-U024"
+        )
     if result is not None:
         schedule = result.schedule
     if keep_ratio is not None:

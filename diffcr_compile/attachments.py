@@ -66,7 +66,8 @@ def _check_offload(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{len(meta)} of {len(tensors)} weights of {type(model).__name__} are on the meta device "
             f"({_some(meta)}): they are offloaded. Load the model without device_map and without "
-            "offloading (pipe.remove_all_hooks(), model.to(device)), then try again."
+            "offloading (pipe.remove_all_hooks(), model.to(device)), then try again.",
+            code="DCR-M002",
         )
     found = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if found:
@@ -74,7 +75,8 @@ def _check_offload(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"accelerate has put a hook ({kind}) around {_some(found)}, for offloading or for a "
             "device_map; a graph would lose it. Take it off with pipe.remove_all_hooks() (or "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True)) and model.to(device)."
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)) and model.to(device).",
+            code="DCR-M002",
         )
 
 
@@ -98,7 +100,8 @@ def _check_libraries(model: nn.Module) -> None:
         )
     raise UnsupportedModelError(
         f"hooks of diffusers are on {type(model).__name__}: {', '.join(hooks)}, around "
-        f"{_some([name for name, _ in found])}. A graph would lose what they do. Take them off: {fix}."
+        f"{_some([name for name, _ in found])}. A graph would lose what they do. Take them off: {fix}.",
+        code="DCR-M002",
     )
 
 
@@ -115,7 +118,8 @@ def _check_hooks(model: nn.Module) -> None:
             f"{len(found)} hooks are on modules of {type(model).__name__}: {_some(found, '; ')}. "
             "Whether they change what the model computes cannot be told, and a graph loses them. Call "
             ".remove() on the handle that register_forward_hook or register_forward_pre_hook returned, "
-            "or switch off the library (cache, profiler) that put them there."
+            "or switch off the library (cache, profiler) that put them there.",
+            code="DCR-M002",
         )
 
 
@@ -130,7 +134,8 @@ def _check_forward(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"forward was replaced on single modules: {_some(found)}. Libraries that cache or patch a "
             "model do so. Switch the library off (`del module.forward` restores the class's own), or "
-            "load the model anew."
+            "load the model anew.",
+            code="DCR-M002",
         )
 
 
@@ -156,7 +161,8 @@ def _refuse_adapters(model: nn.Module, layers: Sequence[str]) -> None:
     raise UnsupportedModelError(
         f"{type(model).__name__} has adapters (LoRA) {where}. A graph has one set of weights, so fuse "
         "them first: pipe.fuse_lora() and pipe.unload_lora_weights(), or model.merge_and_unload() of "
-        "peft; or set routing.fuse_adapters: true, which fuses them on a copy."
+        "peft; or set routing.fuse_adapters: true, which fuses them on a copy.",
+        code="DCR-M002",
     )
 
 
@@ -170,7 +176,8 @@ def _fused(model: nn.Module) -> nn.Module:
         if not isinstance(base, nn.Module) or not hasattr(layer, "merge"):
             raise UnsupportedModelError(
                 f"the adapter layer {name} ({type(layer).__name__}) has no merge() and base_layer, so it "
-                "cannot be fused here; fuse it with the library that made it, or take it off"
+                "cannot be fused here; fuse it with the library that made it, or take it off",
+                code="DCR-M002",
             )
         if not getattr(layer, "merged", False):
             layer.merge()

@@ -108,7 +108,7 @@ def capture(
             program = _program(found, forms.found, call, blocks, refused)
             check_capture(program, model, call.bound)
         except (UnsupportedModelError, VerificationError) as error:
-            failures.append(f"{what}: {error}")
+            failures.append(f"{what}: {error.message}")
             continue
         except Exception as error:  # noqa: BLE001 - torch's tracers raise dozens of types
             failures.append(f"{what}: {one_line(error)}")

@@ -163,10 +163,13 @@ def parse_budget(budget: float | str) -> float:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise UsageError(f"budget must be like '60%' or 0.6, got {budget!r}") from None
+        raise UsageError(
+            f"budget must be like '60%' or 0.6, got {budget!r}", code="DCR-U014"
+        ) from None
     if not 0 < value <= 1:
         raise UsageError(
-            f"budget must be in (0%, 100%] of the dense MACs, got {budget!r}; write '60%' or 0.6"
+            f"budget must be in (0%, 100%] of the dense MACs, got {budget!r}; write '60%' or 0.6",
+            code="DCR-U014",
         )
     return value
 
@@ -202,11 +205,11 @@ def load_config(
     data: dict[str, Any] = {}
     if path is not None:
         if not path.exists():
-            raise UsageError(f"the configuration file {path} does not exist")
+            raise UsageError(f"the configuration file {path} does not exist", code="DCR-U011")
         try:
             data = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
-            raise UsageError(f"{path} is not YAML: {error}") from error
+            raise UsageError(f"{path} is not YAML: {error}", code="DCR-U012") from error
     for name, section in (defaults or {}).items():
         mine = data.get(name)
         if mine is None or isinstance(mine, dict):

@@ -129,23 +129,28 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactError(
             f"{folder} holds no {MANIFEST_FILE}, so it is no finished artifact. Name a folder "
-            "that diffcr compile made, or run that again: it goes on where it stopped."
+            "that diffcr compile made, or run that again: it goes on where it stopped.",
+            code="DCR-A001",
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. {_AGAIN}", code="DCR-A002"
+        ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path} has schema version {version!r}, this diffcr_compile reads version "
-            f"{SCHEMA_VERSION}. Install the version that made it, or make the artifact anew."
+            f"{SCHEMA_VERSION}. Install the version that made it, or make the artifact anew.",
+            code="DCR-A003",
         )
     expected = {field.name for field in dataclasses.fields(Manifest)}
     if set(data) != expected:
         missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
         raise ArtifactError(
-            f"{path} is damaged: missing keys {missing}, unknown keys {unknown}. {_AGAIN}"
+            f"{path} is damaged: missing keys {missing}, unknown keys {unknown}. {_AGAIN}",
+            code="DCR-A002",
         )
     manifest = Manifest(**data)
     _check_form(path, manifest)
@@ -163,15 +168,20 @@ def _check_form(path: Path, manifest: Manifest) -> None:
         whole = isinstance(found, list) and bool(found)
         if not whole or not all(isinstance(r, dict) and wanted <= set(r) for r in found):
             raise ArtifactError(
-                f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}"
+                f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}",
+                code="DCR-A002",
             )
     if not isinstance(manifest.constants, dict):
-        raise ArtifactError(f"{path}: constants must map arguments to values. {_AGAIN}")
+        raise ArtifactError(
+            f"{path}: constants must map arguments to values. {_AGAIN}", code="DCR-A002"
+        )
     files = manifest.files
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in files.values()
     ):
-        raise ArtifactError(f"{path}: files must map paths to sha256 and bytes. {_AGAIN}")
+        raise ArtifactError(
+            f"{path}: files must map paths to sha256 and bytes. {_AGAIN}", code="DCR-A002"
+        )
 
 
 def verify_artifact(
@@ -194,7 +204,8 @@ def verify_artifact(
     if extra:
         raise ArtifactError(
             f"{folder} has an extra file {extra[0]!r} ({len(extra)} in all) that its manifest "
-            f"does not list. Delete it, or make the artifact anew with diffcr compile."
+            f"does not list. Delete it, or make the artifact anew with diffcr compile.",
+            code="DCR-A005",
         )
     for name in sorted(listed):
         _check_file(folder, name, manifest.files[name])
@@ -203,22 +214,27 @@ def verify_artifact(
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     path = folder / name
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing, but the manifest lists it. {_AGAIN}")
+        raise ArtifactError(
+            f"{path} is missing, but the manifest lists it. {_AGAIN}", code="DCR-A004"
+        )
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(
-            f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there."
+            f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there.",
+            code="DCR-A006",
         )
     found = path.stat().st_size
     if found != entry["bytes"]:
         raise ArtifactError(
             f"{path} has {found} bytes, the manifest says {entry['bytes']}: truncated or "
-            f"replaced. {_AGAIN}"
+            f"replaced. {_AGAIN}",
+            code="DCR-A004",
         )
     digest = sha256_file(path)
     if digest != entry["sha256"]:
         raise ArtifactError(
             f"{path} was changed: its sha256 is {digest[:12]}…, the manifest says "
-            f"{entry['sha256'][:12]}…. {_AGAIN}"
+            f"{entry['sha256'][:12]}…. {_AGAIN}",
+            code="DCR-A004",
         )
 
 
@@ -228,7 +244,8 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     for name in (*used, manifest.weights):
         if name not in manifest.files:
             raise ArtifactError(
-                f"{folder / MANIFEST_FILE} uses {name!r} but has no hash of it. {_AGAIN}"
+                f"{folder / MANIFEST_FILE} uses {name!r} but has no hash of it. {_AGAIN}",
+                code="DCR-A002",
             )
 
 
@@ -240,7 +257,8 @@ def _top(folder: Path, name: str) -> str:
     if leads_out or not is_inside:
         raise ArtifactError(
             f"{folder / MANIFEST_FILE} lists {name!r}, which is not a path inside the artifact's "
-            f"folders {', '.join(CHECKED_FOLDERS)}. Do not use this artifact."
+            f"folders {', '.join(CHECKED_FOLDERS)}. Do not use this artifact.",
+            code="DCR-A006",
         )
     return parts[0]
 

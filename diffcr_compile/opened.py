@@ -35,18 +35,21 @@ def open_model(
     if is_pipeline(model):
         if example_inputs is not None:
             raise UsageError(
-                "a pipeline's example inputs are recorded; pass pipeline_inputs= instead of them"
+                "a pipeline's example inputs are recorded; pass pipeline_inputs= instead of them",
+                code="DCR-U026",
             )
         runs = open_pipeline(model, pipeline_inputs, component, steps)
         return runs.model, runs.example, runs
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"expected a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}"
+            f"expected a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}",
+            code="DCR-U026",
         )
     if example_inputs is None or pipeline_inputs is not None or component is not None:
         raise UsageError(
             f"{type(model).__name__} is a model: it needs example_inputs=; pipeline_inputs= and "
-            "component= are for pipelines"
+            "component= are for pipelines",
+            code="DCR-U026",
         )
     return model, example_inputs, None
 

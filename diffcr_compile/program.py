@@ -57,11 +57,13 @@ class DiTGraph(fx.GraphModule):
                     raise UsageError(
                         f"{where} is not the tensor that the model was captured with: "
                         f"{_difference(value, expected)}. The model's forward reads numbers from it, "
-                        "so it is fixed. Capture again with the value you need."
+                        "so it is fixed. Capture again with the value you need.",
+                        code="DCR-U023",
                     )
                 raise UsageError(
                     f"{where} is {value!r}, but the model was captured with {expected!r}, and a "
-                    "graph cannot change it. Capture again with the value you need."
+                    "graph cannot change it. Capture again with the value you need.",
+                    code="DCR-U023",
                 )
 
     def put_together(self, leaves: tuple[Any, ...]) -> Any:
@@ -237,7 +239,9 @@ def tensor_args(program: Program, tensors: Mapping[str, Tensor]) -> tuple[Tensor
     if set(names) != set(tensors):
         fixed = sorted(program.fixed_inputs)
         hint = f"; {fixed} are fixed by the capture, leave them out" if fixed else ""
-        raise UsageError(f"the graph takes the inputs {names}, got {sorted(tensors)}{hint}")
+        raise UsageError(
+            f"the graph takes the inputs {names}, got {sorted(tensors)}{hint}", code="DCR-U020"
+        )
     return tuple(tensors[name] for name in names)
 
 

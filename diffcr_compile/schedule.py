@@ -39,11 +39,14 @@ class TimestepBuckets:
 
     def __post_init__(self) -> None:
         if len(self.edges) < 2 or list(self.edges) != sorted(set(self.edges)):
-            raise UsageError(f"timestep bucket edges must increase, got {self.edges}")
+            raise UsageError(
+                f"timestep bucket edges must increase, got {self.edges}", code="DCR-U032"
+            )
         if len(self.weights) != len(self.edges) - 1 or abs(sum(self.weights) - 1) > 1e-6:
             raise UsageError(
                 f"{len(self.edges) - 1} timestep buckets need as many weights that sum to 1, "
-                f"got {self.weights}"
+                f"got {self.weights}",
+                code="DCR-U032",
             )
 
     @classmethod
@@ -88,11 +91,13 @@ class KeepRatios:
         if self.values.ndim != 2 or len(self.values) != len(self.blocks):
             raise UsageError(
                 f"keep ratios must be (blocks, buckets) = ({len(self.blocks)}, ...), "
-                f"got {self.values.shape}"
+                f"got {self.values.shape}",
+                code="DCR-U032",
             )
         if not np.all((self.values >= 0) & (self.values <= 1)):
             raise UsageError(
-                f"keep ratios must lie in [0, 1], got {self.values.min()} to {self.values.max()}"
+                f"keep ratios must lie in [0, 1], got {self.values.min()} to {self.values.max()}",
+                code="DCR-U032",
             )
 
 
@@ -160,12 +165,14 @@ class TokenSchedule:
             if len(column) != len(self.buckets):
                 raise UsageError(
                     f"kept_tokens[{block!r}] needs one entry per timestep bucket "
-                    f"({len(self.buckets)}), got {len(column)}"
+                    f"({len(self.buckets)}), got {len(column)}",
+                    code="DCR-U032",
                 )
             for kept in column:
                 if not 0 <= kept <= self.num_tokens[block]:
                     raise UsageError(
-                        f"kept_tokens[{block!r}] must lie in [0, {self.num_tokens[block]}], got {kept}"
+                        f"kept_tokens[{block!r}] must lie in [0, {self.num_tokens[block]}], got {kept}",
+                        code="DCR-U032",
                     )
 
     def column(self, bucket: int) -> dict[str, int]:

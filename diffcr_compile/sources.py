@@ -65,7 +65,8 @@ def load_case(
     if kind == "diffusers" and rest:
         return _diffusers_case(rest, inputs, pipeline_inputs, steps)
     raise UsageError(
-        f"MODEL must be demo, python:<module>:<factory> or diffusers:<folder>[#component], got {source!r}"
+        f"MODEL must be demo, python:<module>:<factory> or diffusers:<folder>[#component], got {source!r}",
+        code="DCR-U001",
     )
 
 
@@ -82,7 +83,7 @@ def _python_case(module_name: str, factory_name: str) -> Case:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"python:{module_name}:{factory_name} cannot be imported: {error}"
+            f"python:{module_name}:{factory_name} cannot be imported: {error}", code="DCR-U002"
         ) from error
     finally:
         sys.path.remove("")
@@ -94,7 +95,8 @@ def _python_case(module_name: str, factory_name: str) -> Case:
     ):
         raise UsageError(
             f"{module_name}:{factory_name} must return (model, example_inputs) or "
-            f"(model, example_inputs, conditions), got {type(made).__name__}"
+            f"(model, example_inputs, conditions), got {type(made).__name__}",
+            code="DCR-U003",
         )
     return Case(made[0].eval(), made[1], made[2] if len(made) == 3 else None, factory_name)
 
@@ -107,7 +109,8 @@ def _diffusers_case(
     if not folder.is_dir():
         raise UsageError(
             f"the folder {folder} does not exist; models are read from disk only "
-            "(a single model with --inputs, a pipeline with --pipeline-inputs)"
+            "(a single model with --inputs, a pipeline with --pipeline-inputs)",
+            code="DCR-U004",
         )
     tensors = _read_tensors(inputs)
     if (folder / "model_index.json").exists() and (pipeline_inputs or inputs is None):
@@ -118,7 +121,8 @@ def _diffusers_case(
     if inputs is None or pipeline_inputs is not None:
         raise UsageError(
             f"{folder} is a single model: it needs --inputs, a safetensors file with one tensor per "
-            "argument of forward; --pipeline-inputs is for pipelines"
+            "argument of forward; --pipeline-inputs is for pipelines",
+            code="DCR-U005",
         )
     model = _load_component(folder, component)
     return Case(model.eval(), tensors, None, f"{type(model).__name__} from {folder}")
@@ -128,7 +132,7 @@ def _read_tensors(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     if not path.is_file():
-        raise UsageError(f"the file {path} does not exist")
+        raise UsageError(f"the file {path} does not exist", code="DCR-U006")
     return dict(load_file(path))
 
 
@@ -137,16 +141,19 @@ def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, A
     if path is None:
         return None
     if not path.is_file():
-        raise UsageError(f"the file {path} does not exist")
+        raise UsageError(f"the file {path} does not exist", code="DCR-U006")
     try:
         found = yaml.safe_load(path.read_text())  # JSON is YAML
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is neither YAML nor JSON: {error}") from error
+        raise UsageError(
+            f"{path} is neither YAML nor JSON: {error}", code="DCR-U007"
+        ) from error
     calls = [found] if isinstance(found, dict) else found
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UsageError(
             f"{path} must hold the arguments of the pipeline's call by name, or a list of such, "
-            f"found {type(found).__name__}"
+            f"found {type(found).__name__}",
+            code="DCR-U008",
         )
     return [{**call, **tensors} for call in calls]
 

@@ -57,7 +57,8 @@ def _found_and_captured(
         reasons = "\n".join(f"  {r.block}: {r.reason}" for r in findings.refused)
         raise UnsupportedModelError(
             f"no block of {type(model).__name__} can be routed.\n"
-            + (reasons or "  It has no ModuleList, ModuleDict or Sequential of blocks.")
+            + (reasons or "  It has no ModuleList, ModuleDict or Sequential of blocks."),
+            code="DCR-M001",
         )
     return _capture(model, args, kwargs, findings)
 
@@ -87,7 +88,9 @@ def program_of(graph: object, stage: Stage) -> Program:
             graph.program.stage.name if isinstance(graph, DiTGraph) else type(graph).__name__
         )
         made_by = {Stage.ROUTED: "route", Stage.FROZEN: "freeze"}[stage]
-        raise UsageError(f"expected a {stage.name} graph from dcr.{made_by}(), got {found}")
+        raise UsageError(
+            f"expected a {stage.name} graph from dcr.{made_by}(), got {found}", code="DCR-U025"
+        )
     return graph.program
 
 
@@ -178,7 +181,7 @@ def export_programs(
 def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:
     """One timestep bucket, every block at the same keep ratio, rounded to whole tokens."""
     if not 0 <= keep_ratio <= 1:
-        raise UsageError(f"keep_ratio must be in [0, 1], got {keep_ratio}")
+        raise UsageError(f"keep_ratio must be in [0, 1], got {keep_ratio}", code="DCR-U032")
     return TokenSchedule(
         {spec.name: (round(keep_ratio * spec.num_tokens),) for spec in program.blocks},
         {spec.name: spec.num_tokens for spec in program.blocks},

@@ -32,7 +32,8 @@ def validate_artifact(folder: Path) -> list[dict[str, Any]]:
         if not row.passed:
             raise AccuracyError(
                 f"bucket {bucket['index']} of {folder} differs from its golden outputs by "
-                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}"
+                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}",
+                code="DCR-Q001",
             )
         rows.append(dataclasses.asdict(row))
     return rows

@@ -40,17 +40,21 @@ class Workspace:
             if foreign and not (folder / STAGES_FILE).exists() and ".lock" not in foreign:
                 raise UsageError(
                     f"{folder} is not empty and was not made by diffcr ({', '.join(sorted(foreign)[:5])}). "
-                    "Name a new folder."
+                    "Name a new folder.",
+                    code="DCR-U016",
                 )
             self._lock: IO[str] = (folder / ".lock").open("w")
         except OSError as error:
-            raise ResourceError(f"{folder} cannot be written: {error}") from error
+            raise ResourceError(
+                f"{folder} cannot be written: {error}", code="DCR-R001"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise UsageError(
-                f"another diffcr run is at work in {folder}; wait for it or name another folder"
+                f"another diffcr run is at work in {folder}; wait for it or name another folder",
+                code="DCR-U017",
             ) from None
         self.records: dict[str, dict[str, Any]] = self._read()
 
@@ -106,7 +110,8 @@ class Workspace:
             records: dict[str, dict[str, Any]] = json.loads(path.read_text())
         except ValueError as error:
             raise ArtifactError(
-                f"{path} cannot be read: {error}. Delete it to run every stage again."
+                f"{path} cannot be read: {error}. Delete it to run every stage again.",
+                code="DCR-A002",
             ) from error
         return records
 

@@ -67,7 +67,7 @@ def _run_size(zoo_model: Any, record: Record, skip_rtx: bool) -> None:
         try:
             routed = dcr.route(model, inputs)
         except UnsupportedModelError as error:
-            found["refusal"] = str(error)
+            found["refusal"] = error.message
             raise
     if routed is not None:
         _routed_steps(record, model, routed, runs, skip_rtx)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.supported_models.settings import ROOT
-from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.errors import UnsupportedModelError, plain_text
 
 
 class Record:
@@ -56,7 +56,7 @@ class Record:
 
 def first_line(error: BaseException) -> str:
     """Type and first line of an error, short and without the folders of this machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in plain_text(error).splitlines() if line.strip()]
     if (
         len(lines) > 1
         and lines[0].endswith((":", "."))

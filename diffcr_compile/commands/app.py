@@ -104,7 +104,9 @@ def _apply(
     name: str, verbose: bool, quiet: bool, no_color: bool, log_json: Path | None
 ) -> None:
     if verbose and quiet:
-        raise UsageError("-v and -q cannot both be given; leave one of them out")
+        raise UsageError(
+            "-v and -q cannot both be given; leave one of them out", code="DCR-U019"
+        )
     terminal.verbosity = verbose - quiet
     if no_color:
         terminal.without_color()

@@ -55,6 +55,6 @@ def settings(
     for text in assignments or []:
         key, found, value = text.partition("=")
         if not found:
-            raise UsageError(f"--set takes key=value, got {text!r}")
+            raise UsageError(f"--set takes key=value, got {text!r}", code="DCR-U013")
         overrides[key] = yaml.safe_load(value)
     return load_config(config, overrides, defaults)

@@ -47,7 +47,7 @@ def read_report(out: Path) -> dict[str, Any]:
     path = out / "report/report.json"
     if not path.exists():
         raise UsageError(
-            f"{path} does not exist; {out} was not finished by diffcr compile or demo"
+            f"{path} does not exist; {out} was not finished by diffcr compile or demo", code="DCR-U018"
         )
     found: dict[str, Any] = json.loads(path.read_text())
     return found

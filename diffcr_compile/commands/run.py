@@ -39,7 +39,8 @@ def run(
     if runner.manifest.model["name"] != NAME:
         raise UsageError(
             f"diffcr run samples the reference model; {out} holds {runner.manifest.model['name']!r}. "
-            "Use diffcr_compile.load() and your own sampler."
+            "Use diffcr_compile.load() and your own sampler.",
+            code="DCR-U030",
         )
     if not dry_run:
         pictures, _ = sample_images(runner, count, steps, batch_of(runner.manifest), seed)

@@ -49,7 +49,8 @@ class Terminal:
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UsageError(
-                f"--log-json {path} cannot be written: {error}. Name a file in a folder that exists."
+                f"--log-json {path} cannot be written: {error}. Name a file in a folder that exists.",
+                code="DCR-U033",
             ) from error
 
     def event(self, kind: str, **fields: Any) -> None:

@@ -327,7 +327,7 @@ def _attempt(make: Callable[[], Program]) -> tuple[Program | None, str | None]:
     try:
         return make(), None
     except (CaptureError, UsageError) as error:
-        return None, str(error)
+        return None, error.message
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return None, short(error)
 

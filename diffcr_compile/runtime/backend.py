@@ -26,7 +26,8 @@ def check_provider(provider: str) -> str:
     if name not in available:
         raise EnvironmentMissingError(
             f"this ONNX Runtime has no {name}, only {available}. For a GPU: pip uninstall "
-            "onnxruntime, then pip install 'diffcr-compile[gpu]' (the two do not live together)."
+            "onnxruntime, then pip install 'diffcr-compile[gpu]' (the two do not live together).",
+            code="DCR-E001",
         )
     return name
 
@@ -67,7 +68,8 @@ def make_session(path: Path, provider: str = "cpu", threads: int | None = None) 
     if name not in found:
         raise EnvironmentMissingError(
             f"ONNX Runtime could not start {name} and fell back to {found}. Check the GPU driver, "
-            "CUDA and cuDNN of this machine, or ask for provider='cpu'."
+            "CUDA and cuDNN of this machine, or ask for provider='cpu'.",
+            code="DCR-E001",
         )
     return session
 

@@ -107,7 +107,8 @@ class CompiledDenoiser(nn.Module):
             if said.get(name) != built.get(name):
                 raise UsageError(
                     f"{name} is {said.get(name)!r}, but the artifact was built with {built.get(name)!r}, and "
-                    "a graph cannot change it; compile again with the value you need"
+                    "a graph cannot change it; compile again with the value you need",
+                    code="DCR-U023",
                 )
 
     def _array(self, name: str, tensor: Tensor) -> Any:

@@ -83,7 +83,7 @@ class Runner:
         """
         value = float(timestep)
         if not math.isfinite(value):
-            raise UsageError(f"timestep must be a finite number, got {value}")
+            raise UsageError(f"timestep must be a finite number, got {value}", code="DCR-U022")
         return min(bisect.bisect_left(self._highs, value), len(self._highs) - 1)
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -93,7 +93,8 @@ class Runner:
         if missing or unknown:
             raise UsageError(
                 f"inputs missing: {missing}, unknown: {unknown}. This artifact was built for "
-                f"{self._signature()}"
+                f"{self._signature()}",
+                code="DCR-U020",
             )
         arrays = {name: np.asarray(inputs[name]) for name in built}
         for name, array in arrays.items():
@@ -101,12 +102,14 @@ class Runner:
             if array.shape != shape:
                 raise UsageError(
                     f"{name} has shape {array.shape}, expected {shape}: shapes are fixed when an "
-                    f"artifact is built. It was built for {self._signature()}"
+                    f"artifact is built. It was built for {self._signature()}",
+                    code="DCR-U021",
                 )
             if array.dtype != np.dtype(dtype):
                 raise UsageError(
                     f"{name} is {array.dtype}, expected {dtype}; pass {name}.astype('{dtype}'). "
-                    f"This artifact was built for {self._signature()}"
+                    f"This artifact was built for {self._signature()}",
+                    code="DCR-U021",
                 )
         # the manifest says what the caller passes; a graph takes complex numbers as real pairs
         return {name: as_graph_input(array) for name, array in arrays.items()}
@@ -121,7 +124,8 @@ class Runner:
             ranges = [(b["low"], b["high"]) for b in self.manifest.buckets]
             raise UsageError(
                 f"{name} {values.tolist()} lies in the timestep buckets {sorted(found)}, but one call "
-                f"runs one bucket. Split the call; the buckets (low, high] are {ranges}"
+                f"runs one bucket. Split the call; the buckets (low, high] are {ranges}",
+                code="DCR-U022",
             )
         return found.pop()
 

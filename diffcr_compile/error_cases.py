@@ -1,0 +1,149 @@
+"""What each error code means and what to do: the source of ``docs/errors.md`` and ``diffcr explain``.
+
+Standard library only: this file goes on the device with the runtime. A code is never given to another
+case; one that is no longer raised is deleted and its number left free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+DOCUMENT = "docs/errors.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorCase:
+    """One documented case.
+
+    Attributes:
+        code: such as ``DCR-U009``; the letter stands for the class of the error.
+        title: what went wrong, in a few words.
+        cause: how one gets there.
+        remedy: what to do next.
+    """
+
+    code: str
+    title: str
+    cause: str
+    remedy: str
+
+    @property
+    def anchor(self) -> str:
+        """Where the case is described."""
+        return f"{DOCUMENT}#{self.code.lower()}"
+
+
+_ROWS = (
+    # ---------------------------------------------------------------- bugs
+    ("DCR-X000", "a bug", "Something happened that the compiler did not expect.",
+     "Run the same command with -v for the traceback and report it with the output of diffcr doctor."),
+    # ---------------------------------------------------------------- usage, exit status 2
+    ("DCR-U000", "an argument or a setting is wrong", "The message says which, what was found and what is expected.",
+     "Change it as the message says."),
+    ("DCR-U001", "MODEL is not understood", "A model is named as demo, python:<module>:<factory> or diffusers:<folder>[#component].",
+     "Write one of these forms; a file my_model.py beside you with a function make() is python:my_model:make."),
+    ("DCR-U002", "the factory cannot be imported", "The module or the function of python:<module>:<factory> is not there, or raised while it was imported.",
+     "Run python -c 'import <module>' in the same folder and mend what it says."),
+    ("DCR-U003", "the factory returned something else", "A factory returns (model, example_inputs) or (model, example_inputs, conditions), the model a torch.nn.Module.",
+     "Return such a tuple; example_inputs is a dict of keyword arguments or a tuple of positional ones."),
+    ("DCR-U004", "the model's folder is missing", "Models are read from disk only, nothing is downloaded.",
+     "Name a folder that save_pretrained wrote."),
+    ("DCR-U005", "a single model without example inputs", "One model, unlike a pipeline, does not say what it is called with.",
+     "Pass --inputs with a safetensors file that has one tensor per argument of forward."),
+    ("DCR-U006", "a file of inputs is missing", "--inputs or --pipeline-inputs names no file.",
+     "Check the path; it is taken from the current folder."),
+    ("DCR-U007", "the pipeline's inputs cannot be read", "The file of --pipeline-inputs is neither YAML nor JSON.",
+     "Write the arguments of the pipeline's call as name: value lines."),
+    ("DCR-U008", "the pipeline's inputs have the wrong form", "The file must hold one call's arguments by name, or a list of such.",
+     "Write a mapping such as `prompt: a boat`, or a list of mappings."),
+    ("DCR-U009", "a setting that does not exist", "Unknown keys are refused, because a misspelt setting would otherwise be ignored.",
+     "Use the name that the message suggests; diffcr init lists them all."),
+    ("DCR-U010", "a setting has a wrong value", "The value has another type or lies outside its range.",
+     "The message has the range; diffcr init shows each setting with its default."),
+    ("DCR-U011", "the configuration file is missing", "--config names no file.",
+     "diffcr init MODEL > diffcr.yaml writes one."),
+    ("DCR-U012", "the configuration file is not YAML", "The file cannot be parsed, or is no mapping of sections.",
+     "Mend the line that the message names; compare with diffcr init."),
+    ("DCR-U013", "--set without a value", "--set takes section.key=value.",
+     "Write --set calibration.steps=200."),
+    ("DCR-U014", "the budget is no share", "A budget is a share of the dense model's MACs in (0%, 100%].",
+     "Write --budget 60% or --budget 0.6."),
+    ("DCR-U015", "the budget cannot be reached", "What stays dense, the smallest keep ratio and the rounding to whole tokens leave more than was asked for.",
+     "Ask for the smallest budget that the message names, or lower routing.min_keep_ratio, allow routing.skip_blocks, or exclude fewer blocks."),
+    ("DCR-U016", "the output folder holds something else", "An artifact is written into a new folder or goes on in its own; other files are never mixed in.",
+     "Name a new folder with -o."),
+    ("DCR-U017", "the output folder is in use", "Another process compiles into it.",
+     "Wait for it, or name another folder."),
+    ("DCR-U018", "there is no report", "The folder was not finished by diffcr compile or demo.",
+     "Run the compilation again with the same -o: it goes on where it stopped."),
+    ("DCR-U019", "-v together with -q", "One asks for more lines, the other for fewer.", "Leave one of them out."),
+    ("DCR-U020", "an input is missing or unknown", "A compiled model takes exactly the inputs it was built with, by name.",
+     "Compare with the list in the message."),
+    ("DCR-U021", "a shape or type that was not built", "Shapes and types are fixed in the graphs: resolution, batch and sequence length.",
+     "Call it with what the message lists, or compile again with example inputs of the size you need."),
+    ("DCR-U022", "timesteps of several buckets in one call", "Each timestep bucket has a graph of its own, and one call runs one graph.",
+     "Split the call by timestep."),
+    ("DCR-U023", "another value of what is fixed", "Arguments that are no tensors, and tensors whose values forward reads, are constants of the graph.",
+     "Leave the argument as it was, or compile again with the value you need."),
+    ("DCR-U024", "freeze was given none or several", "dcr.freeze takes exactly one of result, keep_ratio and schedule.",
+     "Pass one of them."),
+    ("DCR-U025", "a graph of another stage", "dcr.calibrate and dcr.freeze take what dcr.route made, dcr.export what dcr.freeze made.",
+     "Pass the result of the step before."),
+    ("DCR-U026", "neither a model with inputs nor a pipeline", "dcr.compile, route and inspect take a torch.nn.Module with example_inputs, or a pipeline without.",
+     "Pass example_inputs= with a model and pipeline_inputs= with a pipeline."),
+    ("DCR-U027", "an unknown target", "There is no device of that name.", "Use one of the names in the message."),
+    ("DCR-U028", "a pattern that fits no block", "An entry of routing.include or routing.exclude is a block's name or re:<regular expression> for whole names.",
+     "diffcr inspect lists the names of the blocks."),
+    ("DCR-U029", "the setting cfg contradicts the pipeline", "inputs.cfg says how guidance enters the batch, and the pipeline was seen doing something else.",
+     "Set inputs.cfg to what the message names, or change the pipeline's guidance; null accepts what is seen."),
+    ("DCR-U030", "diffcr run on another model", "Only the reference model's sampler is known to the tool.",
+     "Load the artifact with dcr.load and use your own sampler, or put it into its pipeline."),
+    ("DCR-U031", "a negative or missing number", "The command line refuses a value outside its range, an unknown option or a missing argument before anything starts.",
+     "diffcr <verb> --help shows the options with examples."),
+    ("DCR-U032", "a sequence of sizes in the wrong form", "A schedule, a set of keep ratios or bucket edges does not fit the model.",
+     "The message names the entry and its range."),
+    ("DCR-U033", "the log cannot be written", "--log-json names a file in a folder that does not exist or is not writable.",
+     "Name a file in a folder that exists."),
+    ("DCR-U034", "an artifact for another model", "The drop-in transformer or the backend was given an artifact whose inputs the model's call does not have.",
+     "Use the artifact that was compiled from this model."),
+    ("DCR-U035", "nothing to undo", "dcr.remove takes a graph that dcr.route or dcr.freeze made in this process.",
+     "Pass that graph; a loaded artifact has no model to give back."),
+    ("DCR-U036", "an unknown error code", "diffcr explain takes a code such as DCR-U009.", "diffcr explain without a code lists all."),
+    # ---------------------------------------------------------------- model, exit status 3
+    ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
+    ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",
+     "Read the reasons; routing.granularity=mlp routes feed-forwards where whole blocks mix positions."),
+    ("DCR-M002", "something is attached to the model", "Hooks, adapters or offloading around a module would be lost in a graph.",
+     "Take them off with the call that the message names; LoRA may be fused with routing.fuse_adapters=true."),
+    ("DCR-C000", "the model cannot be captured", "torch.export gives no static graph of it: branches on values, numbers read from tensors.",
+     "Move what the message names out of forward, or make it depend on shapes only."),
+    # ---------------------------------------------------------------- environment, exit status 4
+    ("DCR-E000", "a package, a version or a device is missing", "The message names it and who needs it.", "Install what the message names; diffcr doctor lists all."),
+    ("DCR-E001", "the execution provider is missing", "The installed ONNX Runtime has no such provider; it would silently run elsewhere.",
+     "Install diffcr-compile[gpu], or ask for provider='cpu'."),
+    # ---------------------------------------------------------------- resources, exit status 5
+    ("DCR-R000", "memory or disk does not suffice", "The message has what is needed and what is there.", "Free some, or lower what the message names."),
+    ("DCR-R001", "the output folder cannot be written", "The folder, or the one above it, is not writable, or the disk is full.",
+     "Name another folder with -o, or free some space."),
+    # ---------------------------------------------------------------- accuracy, exit status 6
+    ("DCR-Q000", "a gate of accuracy was not met", "A graph computes something else than the one it was made from, beyond the tolerance.",
+     "The message names step and bucket; look at the parity ladder in the report."),
+    ("DCR-Q001", "an artifact no longer gives its golden outputs", "ONNX Runtime of this machine computes something else than on the host.",
+     "Install the versions that the manifest names, then validate again; report it if that does not help."),
+    # ---------------------------------------------------------------- artifact, exit status 7
+    ("DCR-A000", "an artifact cannot be used", "The message says what about it.", "Copy it again, or make it anew with diffcr compile."),
+    ("DCR-A001", "no finished artifact", "The folder has no manifest.json; it is written last.",
+     "Name a folder that diffcr compile made, or run that again: it goes on where it stopped."),
+    ("DCR-A002", "the manifest is damaged", "manifest.json cannot be read or lacks keys.", "Copy the artifact again, or make it anew."),
+    ("DCR-A003", "an artifact of another version", "The manifest has another schema version.", "Install the version that made it, or make it anew."),
+    ("DCR-A004", "a file is missing or was changed", "A file's size or sha256 differs from the manifest's.", "Copy the artifact again, or make it anew."),
+    ("DCR-A005", "a file that does not belong", "A checked folder of the artifact holds a file that the manifest does not list.", "Delete it."),
+    ("DCR-A006", "a path out of the artifact", "The manifest or a link leads out of the folder.", "Do not use this artifact."),
+    # ---------------------------------------------------------------- inside, exit status 1
+    ("DCR-P000", "a pass could not finish", "A compiler pass met a graph it cannot edit.", "Report it, with the model if you may."),
+    ("DCR-P001", "a pass was given what it does not take", "Passes were run in another order than their rules say.", "Run the pass that the message names first."),
+    ("DCR-P002", "a pass broke its promise", "The graph after a pass is not what the pass promises.", "Report it, with the model if you may."),
+    ("DCR-V000", "a program breaks a rule of its stage", "The verifier, which runs after every pass, found the node that the message names.", "Report it, with the model if you may."),
+)  # fmt: skip
+
+CASES: dict[str, ErrorCase] = {row[0]: ErrorCase(*row) for row in _ROWS}

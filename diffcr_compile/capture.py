@@ -53,6 +53,7 @@ from diffcr_compile.signature import (
 from diffcr_compile.static_picks import make_picks_static
 from diffcr_compile.trace import trace_graph
 from diffcr_compile.value_reads import AliasesOfData
+from diffcr_compile.views import show_in_graph
 
 _PLAIN = (
     type(None),
@@ -254,6 +255,7 @@ def _program(
     try:
         fold_constants(found.graph, root)
         make_picks_static(found.graph, root)
+        show_in_graph(found.graph, root, blocks)
         found.graph.set_codegen(CallCodeGen(signature))
         module = DiTGraph(root, found.graph, class_name="DiTGraph").eval()
     except Exception as error:  # the exporter puts objects of its own into some graphs

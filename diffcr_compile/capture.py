@@ -153,7 +153,11 @@ class _Call:
                     "and dicts of them. Wrap the model in a module whose forward takes the tensors and "
                     f"makes the {type(value).__name__} of them, or leave it out where it is optional."
                 )
-        self.paths = {_placeholder(path): path for path in tensors}
+        # What comes as **kwargs is called what the caller calls it.
+        other = next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
+        self.paths = {
+            _placeholder(path[1:] if path[0] == other else path): path for path in tensors
+        }
         self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
         self.example = {
             name: get_leaf(self.bound, path).detach() for name, path in self.paths.items()

@@ -167,7 +167,9 @@ def find_blocks(
         candidates = dict(block_candidates(model))
         views = examiner.views(model, args, kwargs, candidates)
         model = with_turned_blocks(model, views) if views else model
-        candidates |= {name: show_block(candidates[name], view) for name, view in views.items()}
+        candidates |= {
+            name: show_block(candidates[name], view) for name, view in views.items()
+        }
         found = _find(model, args, kwargs, candidates, examiner)
         if granularity != "block" and found.sample:
             found = _with_parts(found, model, args, kwargs, examiner, granularity, set(views))
@@ -192,7 +194,11 @@ def guess_views(
     if not sample:
         return {}
     batch = int(get_leaf((tuple(args), dict(kwargs)), sample).shape[0])
-    guesses = {n: guess_view(recorded[0], batch) for n, recorded in calls.items() if len(recorded) == 1}
+    guesses = {
+        n: guess_view(recorded[0], batch)
+        for n, recorded in calls.items()
+        if len(recorded) == 1
+    }
     return {name: view for name, view in guesses.items() if view is not None}
 
 

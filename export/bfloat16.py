@@ -38,7 +38,10 @@ def compute_in_float32(exported: ExportedProgram) -> ExportedProgram:
     graph = program.graph
     wide: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target in _CASTS:
+        if node.op != "call_function":
+            continue
+        if node.target in _CASTS:
+            _drop_if_idle(node)
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # it says of the types what is no longer so
@@ -65,6 +68,13 @@ def compute_in_float32(exported: ExportedProgram) -> ExportedProgram:
     graph.lint()
     program.graph_module.recompile()
     return program
+
+
+def _drop_if_idle(cast: fx.Node) -> None:
+    """A copy from bfloat16 to bfloat16 would become an op on bfloat16 that is no cast."""
+    source = cast.all_input_nodes[0]
+    if _gives_bfloat16(source) and _gives_bfloat16(cast):
+        cast.replace_all_uses_with(source)
 
 
 def _gives_bfloat16(node: fx.Node) -> bool:

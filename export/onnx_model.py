@@ -124,7 +124,7 @@ def check_standard(model: ModelProto) -> None:
 
 
 def _computing_in_bfloat16(model: ModelProto) -> set[str]:
-    """Operators that read or write bfloat16 and are no casts."""
+    """Operators that read or write bfloat16 and do more than to cast or copy it."""
     graph = model.graph
     half = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16} | {
         v.name
@@ -134,7 +134,8 @@ def _computing_in_bfloat16(model: ModelProto) -> set[str]:
     return {
         node.op_type
         for node in graph.node
-        if node.op_type != "Cast" and not half.isdisjoint((*node.input, *node.output))
+        if node.op_type not in {"Cast", "Identity"}
+        and not half.isdisjoint((*node.input, *node.output))
     }
 
 

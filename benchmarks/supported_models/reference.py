@@ -132,6 +132,28 @@ def put_back(results: list[Any], stream: Tensor, spec: Any, kept: Tensor) -> Any
     return rebuilt(results[0], join)
 
 
+def turned(tree: Any, paths: Sequence[Any], turn: Callable[[Tensor], Tensor]) -> Any:
+    return rebuilt(tree, lambda path, leaf: turn(leaf) if tuple(path) in paths else leaf)
+
+
+def turns(view: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """From the layout of a block's streams to (batch, tokens, channels), and back."""
+    if view.layout == "tokens_first":
+        return lambda t: t.swapaxes(0, 1), lambda t: t.swapaxes(0, 1)
+    return lambda t: t[None], lambda t: t[0]
+
+
+def turned_block(forward: Callable[..., Any], view: Any) -> Callable[..., Any]:
+    """A block called with its streams as (batch, tokens, channels)."""
+    there, back = turns(view)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = turned((args, kwargs), view.inputs, back)
+        return turned(forward(*args, **kwargs), view.outputs, there)
+
+    return call
+
+
 def slow_block(
     forward: Callable[..., Any], tree: Any, dense: Any, spec: Any, weight: Tensor, kept: int
 ) -> tuple[Any, float]:
@@ -139,6 +161,13 @@ def slow_block(
 
     The way to run it is the first that gives the block's own `dense` output with every token kept.
     """
+    if spec.view is not None:
+        view, plain = spec.view, dataclasses.replace(spec, view=None)
+        there, back = turns(view)
+        tree, dense = turned(tree, view.inputs, there), turned(dense, view.outputs, there)
+        forward = turned_block(forward, view)
+        result, distance = slow_block(forward, tree, dense, plain, weight, kept)
+        return turned(result, view.outputs, back), distance
     stream: Tensor = at(tree, spec.stream.path)
     first, num_tokens = spec.stream.start, spec.num_tokens
     scores = torch.stack([s[first : first + num_tokens].float() @ weight for s in stream])
@@ -242,13 +271,17 @@ def _permutation_error(
         if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
             value.data += 0.2 * torch.randn(value.shape, generator=generator).double()
     tree = rebuilt(tree, doubled)
+    call: Callable[..., Any] = block
+    if spec.view is not None:
+        tree = turned(tree, spec.view.inputs, turns(spec.view)[0])
+        call = turned_block(block, spec.view)
     stream: Tensor = at(tree, spec.stream.path)
     orders = [torch.randperm(spec.num_tokens, generator=generator) for _ in stream]
     if any(not role.batched for role in spec.aligned):
         orders = [orders[0]] * len(orders)
     order = torch.stack(orders)
-    expected = block(*tree[0], **tree[1])
-    found = batch_at_once(block, tree, spec, order)[0]
+    expected = call(*tree[0], **tree[1])
+    found = batch_at_once(call, tree, spec, order)[0]
     errors = []
 
     def compare(path: Any, leaf: Any) -> None:

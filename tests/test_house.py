@@ -174,7 +174,11 @@ def test_package_data_patterns_cover_every_data_file() -> None:
     covered = {path for pattern in patterns for path in package.glob(pattern)}
     data = {
         path
-        for folder in (package / "report", package / "reference")
+        for folder in (
+            package / "report",
+            package / "reference",
+            package / "export" / "targets",
+        )
         for path in folder.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }

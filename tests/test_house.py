@@ -299,6 +299,10 @@ def test_make_targets_in_documents_exist() -> None:
     ] == []
 
 
+def test_made_pages_are_up_to_date() -> None:
+    assert _check_docs()._made_pages() == []
+
+
 def test_public_names_in_the_readme_exist() -> None:
     package = importlib.import_module("diffcr_compile")
     names = set(re.findall(r"\bdcr\.(\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))

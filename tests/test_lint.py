@@ -314,13 +314,17 @@ def test_the_weights_are_not_needed(out: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
-def test_lowered_graphs_have_no_attention_op_no_complex_number_and_no_finding(
+def test_lowered_graphs_have_no_attention_op_no_complex_number_and_no_error(
     name: str, cases: Callable[..., Case], tmp_path: Path
 ) -> None:
     case = cases(name)
     column = {spec.name: spec.num_tokens // 2 for spec in case.routed.blocks}
     write_shared_weights({"graph.onnx": onnx_from_program(case.frozen(column))}, tmp_path)
-    assert lint(tmp_path / "graph.onnx", all_targets()) == []
+    found = lint(tmp_path / "graph.onnx", all_targets())
+    # rotary angles in float64 stay in the graph where positions are an input
+    assert {(f.rule, f.severity) for f in found} <= (
+        {("dtype", "warning")} if name == "flux" else set()
+    )
     facts = read_facts(tmp_path / "graph.onnx")
     assert {"MatMul", "Softmax"} <= {node.proto.op_type for node in facts.nodes}
     assert "Attention" not in {node.proto.op_type for node in facts.nodes}

@@ -29,6 +29,22 @@ class TokenAxis:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StreamView:
+    """How a block with another layout is shown with its streams as (batch, tokens, channels).
+
+    Attributes:
+        layout: ``tokens_first`` is (tokens, batch, channels); ``unbatched`` is (tokens, channels), one
+            sample.
+        inputs: arguments that have that layout.
+        outputs: outputs that have it.
+    """
+
+    layout: Literal["tokens_first", "unbatched"]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class BlockSpec:
     """A block that may be routed, with the roles of its arguments.
 
@@ -46,6 +62,8 @@ class BlockSpec:
         members: the model's own blocks in a fused span; only the block itself otherwise.
         bypass: what a bypassed token gets: itself from the stream ("stream"), or nothing ("zeros"),
             for a part of a block whose output the block adds to its stream.
+        view: how the block is shown in the graph, if it has another layout. All else that stands here
+            is about the block as shown.
     """
 
     name: str
@@ -59,6 +77,7 @@ class BlockSpec:
     error: float
     members: tuple[str, ...] = ()
     bypass: Literal["stream", "zeros"] = "stream"
+    view: StreamView | None = None
 
     def __post_init__(self) -> None:
         if not self.members:

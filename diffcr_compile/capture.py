@@ -53,6 +53,7 @@ from diffcr_compile.signature import (
 from diffcr_compile.static_picks import make_picks_static
 from diffcr_compile.trace import trace_graph
 from diffcr_compile.value_reads import AliasesOfData
+from diffcr_compile.views import show_in_graph
 
 _PLAIN = (
     type(None),
@@ -152,7 +153,11 @@ class _Call:
                     "and dicts of them. Wrap the model in a module whose forward takes the tensors and "
                     f"makes the {type(value).__name__} of them, or leave it out where it is optional."
                 )
-        self.paths = {_placeholder(path): path for path in tensors}
+        # What comes as **kwargs is called what the caller calls it.
+        other = next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
+        self.paths = {
+            _placeholder(path[1:] if path[0] == other else path): path for path in tensors
+        }
         self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
         self.example = {
             name: get_leaf(self.bound, path).detach() for name, path in self.paths.items()
@@ -254,6 +259,7 @@ def _program(
     try:
         fold_constants(found.graph, root)
         make_picks_static(found.graph, root)
+        show_in_graph(found.graph, root, blocks)
         found.graph.set_codegen(CallCodeGen(signature))
         module = DiTGraph(root, found.graph, class_name="DiTGraph").eval()
     except Exception as error:  # the exporter puts objects of its own into some graphs

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from diffcr_compile.blocks import (
     BlockSpec,
     Path,
     Refusal,
+    StreamView,
     TokenAxis,
     get_leaf,
     leaves,
@@ -51,6 +52,7 @@ from diffcr_compile.streams import (
     sample_input,
 )
 from diffcr_compile.trial import Trial
+from diffcr_compile.views import guess_view, show_block, with_turned_blocks, with_views
 
 # A module with this share of its parameters in a row of equal legal blocks is not one block itself.
 MOSTLY = 0.9
@@ -87,6 +89,17 @@ class Examiner:
     ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """The model that is run, and its candidates."""
         return model, candidates
+
+    def views(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        candidates: Mapping[str, nn.Module],
+    ) -> dict[str, StreamView]:
+        """How candidates are shown whose streams are not batch first, see ``views.py``."""
+        calls, output = record_calls(model, args, kwargs, candidates, identity=False)
+        return guess_views(args, kwargs, calls, output)
 
     def pairs(self, name: str, module: nn.Module, call: Call) -> Pairs:
         """See ``residual.residual_pairs``."""
@@ -151,10 +164,42 @@ def find_blocks(
         if examiner is None:
             args, kwargs = two_samples(model, args, kwargs)
         examiner = examiner or Examiner()
-        found = _find(model, args, kwargs, dict(block_candidates(model)), examiner)
-        if granularity == "block" or not found.sample:
-            return found
-        return _with_parts(found, model, args, kwargs, examiner, granularity)
+        candidates = dict(block_candidates(model))
+        views = examiner.views(model, args, kwargs, candidates)
+        model = with_turned_blocks(model, views) if views else model
+        candidates |= {
+            name: show_block(candidates[name], view) for name, view in views.items()
+        }
+        found = _find(model, args, kwargs, candidates, examiner)
+        if granularity != "block" and found.sample:
+            found = _with_parts(found, model, args, kwargs, examiner, granularity, set(views))
+        return dataclasses.replace(found, blocks=with_views(found.blocks, views))
+
+
+def guess_views(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    calls: Mapping[str, Sequence[Call]],
+    output: Any,
+) -> dict[str, StreamView]:
+    """The layouts of candidates that are called once and whose streams are not batch first.
+
+    Args:
+        args: positional inputs of the model.
+        kwargs: its keyword inputs.
+        calls: its calls of the candidates.
+        output: its output.
+    """
+    sample = sample_input(args, kwargs, output)
+    if not sample:
+        return {}
+    batch = int(get_leaf((tuple(args), dict(kwargs)), sample).shape[0])
+    guesses = {
+        n: guess_view(recorded[0], batch)
+        for n, recorded in calls.items()
+        if len(recorded) == 1
+    }
+    return {name: view for name, view in guesses.items() if view is not None}
 
 
 def _with_parts(
@@ -164,6 +209,7 @@ def _with_parts(
     kwargs: Mapping[str, Any],
     examiner: Examiner,
     granularity: Granularity,
+    turned: Set[str] = frozenset(),
 ) -> Findings:
     """Token-wise parts beside the legal blocks (auto), or in the place of them (mlp)."""
     legal = {spec.name: spec for spec in found.blocks}
@@ -172,7 +218,9 @@ def _with_parts(
     wanted = {
         name: module
         for name, module in every.items()
-        if (granularity == "mlp" or name in refused) and any(part_candidates(module))
+        if (granularity == "mlp" or name in refused)
+        and name not in turned  # their parts are called in another layout
+        and any(part_candidates(module))
     }
     if not wanted:
         return found

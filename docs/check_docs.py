@@ -1,4 +1,4 @@
-"""Check what the documents claim: relative links, dotted names and make targets exist.
+"""Check what the documents claim: relative links, dotted names and make targets exist; made pages are up to date.
 
 Run by `make docs` and by tests/test_house.py. Exit status 1 and one line per finding.
 """
@@ -6,6 +6,7 @@ Run by `make docs` and by tests/test_house.py. Exit status 1 and one line per fi
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -81,12 +82,25 @@ def _resolves(name: str) -> bool:
     return False
 
 
+def _made_pages() -> list[str]:
+    spec = importlib.util.spec_from_file_location(
+        "make_targets", ROOT / "docs" / "make_targets.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    findings: list[str] = module.out_of_date()
+    return findings
+
+
 def main() -> int:
     """Print every finding; 0 when there is none."""
     findings = []
     files = markdown_files()
     for path in files:
         findings += broken_links(path) + unknown_names(path) + unknown_targets(path)
+    findings += _made_pages()
     for finding in findings:
         print(finding)
     print(f"{len(files)} documents, {len(findings)} findings")

@@ -1,7 +1,9 @@
 """Check an ONNX file against what a target takes, before anything is built on the device.
 
 Findings of the severity "error" make a build or a session fail; a "warning" is a known bug of the
-target that the graph may meet, or a type that is computed in less.
+target that the graph may meet, a type that is computed in less, or one that the documented list of an
+operator lacks: those lists are stricter than the parsers (ScatterND and Equal of truth values, Clip
+and CumSum of integers build with TensorRT-RTX 1.7).
 """
 
 from __future__ import annotations
@@ -263,9 +265,8 @@ def _operator(node: Node, target: Target) -> Iterator[_Hit]:
     known = (*target.dtypes, *target.other_types)
     if kind in known and kind not in target.operators[op]:
         allowed = ", ".join(target.operators[op])
-        yield _hit(
-            node, "type", f"{kind} as its first input, {target.runtime} takes {allowed}"
-        )
+        reason = f"{kind} as its first input, the list of {target.importer} has {allowed}"
+        yield _hit(node, "type", f"{reason}; some build all the same, try it", "warning")
 
 
 def _top_k(node: Node, target: Target) -> Iterator[_Hit]:

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from diffcr_compile.export.bfloat16 import compute_in_float32
 from diffcr_compile.export.complex_numbers import use_real_numbers
 from diffcr_compile.export.constant_parts import work_out_constants
 from diffcr_compile.export.empty_attention import drop_empty_attention
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 def lower_for_onnx(exported: ExportedProgram) -> ExportedProgram:
     """`exported` (static shapes) in a form that ONNX can express; the given program is used up."""
-    exported = use_real_numbers(exported)
+    exported = compute_in_float32(use_real_numbers(exported))
     work_out_constants(exported)
     drop_empty_attention(exported.graph)
     drop_false_squeezes(exported.graph)

@@ -110,20 +110,33 @@ def check_standard(model: ModelProto) -> None:
             f"the ONNX graph has ops outside the standard: {foreign or 'local functions'}. "
             "Replace the modules that they come from by plain torch ops."
         )
-    values = [*model.graph.value_info, *model.graph.output]
-    types = {value.type.tensor_type.elem_type for value in values}
-    if TensorProto.BFLOAT16 in types | {
-        tensor.data_type for tensor in model.graph.initializer
-    }:
+    computing = sorted(_computing_in_bfloat16(model))
+    if computing:
         raise UnsupportedModelError(
-            f"the model computes in bfloat16 inside its forward, which ONNX opset {OPSET} lacks in most ops. "
-            "Take the casts to bfloat16 out of the model, or let them go to torch.float16."
+            f"{computing} compute in bfloat16 inside the model's forward, which ONNX opset {OPSET} lacks in most "
+            "ops. Take the casts to bfloat16 out of the model, or let them go to torch.float16."
         )
     if domains.get("", 0) > OPSET or model.ir_version > MAX_IR_VERSION:
         raise UnsupportedModelError(
             f"the ONNX graph has opset {domains.get('')} and IR version {model.ir_version}, "
             f"expected at most {OPSET} and {MAX_IR_VERSION}. Install the pinned torch and onnxscript."
         )
+
+
+def _computing_in_bfloat16(model: ModelProto) -> set[str]:
+    """Operators that read or write bfloat16 and do more than to cast or copy it."""
+    graph = model.graph
+    half = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16} | {
+        v.name
+        for v in (*graph.value_info, *graph.input, *graph.output)
+        if v.type.tensor_type.elem_type == TensorProto.BFLOAT16
+    }
+    return {
+        node.op_type
+        for node in graph.node
+        if node.op_type not in {"Cast", "Identity"}
+        and not half.isdisjoint((*node.input, *node.output))
+    }
 
 
 def _torch_export(program: Program) -> ModelProto:

@@ -429,3 +429,24 @@ def test_what_fails_under_our_modes_does_not_fail_ever_after() -> None:
         with pytest.raises(UnsupportedModelError):
             dcr.route(model, inputs)
         assert torch.equal(model(**inputs), expected)
+
+
+class Adapter(nn.Module):
+    """What a user wraps a model in that takes more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = models.OwnDiT()
+
+    def forward(self, x: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(x, **inputs)
+
+
+def test_inputs_may_come_as_other_keywords() -> None:
+    inputs = models.inputs_for()
+    model = Adapter().eval()
+    program = _captured((model, inputs))
+    assert list(program.signature.inputs) == list(inputs)  # called what the caller calls them
+    assert program.timestep_input == "t"
+    with torch.no_grad():
+        assert torch.equal(program.module(**inputs), model(**inputs))

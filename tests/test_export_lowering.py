@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.export.bfloat16 import compute_in_float32
 from diffcr_compile.export.complex_numbers import has_complex_numbers, use_real_numbers
 from diffcr_compile.export.constant_parts import work_out_constants
 from diffcr_compile.export.empty_attention import drop_empty_attention
@@ -259,3 +260,51 @@ def test_ordinary_numbers_and_scalars_stay_as_they_are() -> None:
     before = len(program.graph.nodes)
     assert keep_small_constants(program.graph) == 0
     assert len(program.graph.nodes) == before
+
+
+def bfloat16_parts(module: Any, x: Tensor) -> Any:
+    """Rotation, split, product and softmax in bfloat16, with float32 around them."""
+    y = x.to(torch.bfloat16)
+    left, right = y.chunk(2, dim=-1)
+    turned = torch.cat([left * 1.25 - right, right.sin() + left], dim=-1)
+    turned[..., 0] += 0.5  # an in-place write
+    return (turned @ module.weight.to(torch.bfloat16)).softmax(-1).float(), turned.type_as(x)
+
+
+def test_what_is_rounded_to_bfloat16_is_rounded_at_the_same_places() -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    program = exported(bfloat16_parts, x)
+    lowered = compute_in_float32(program)
+    for node in lowered.graph.nodes:
+        values = [n.meta["val"] for n in node.all_input_nodes]
+        reads = [v.dtype for v in values if isinstance(v, Tensor)]
+        if torch.bfloat16 in reads:
+            assert node.target is torch.ops.aten._to_copy.default
+    expected, found = program.module()(x), lowered.module()(x)
+    # One rounding of a number below 1 may go the other way, where a sum was made in another order.
+    assert (expected[0] - found[0]).abs().max() <= 2**-8
+    assert torch.equal(
+        expected[1], found[1]
+    )  # elementwise: PyTorch computes these in float32 too
+
+
+def test_without_bfloat16_nothing_changes() -> None:
+    program = exported(lambda module, x: x @ module.weight, torch.randn(3, 4))
+    assert compute_in_float32(program) is program
+
+
+def test_onnx_runtime_runs_what_was_bfloat16(tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    made = torch.onnx.export(
+        lower_for_onnx(exported(bfloat16_parts, x)),
+        dynamo=True,
+        opset_version=20,
+        verbose=False,
+    )
+    assert made is not None
+    onnx_file = tmp_path / "graph.onnx"
+    onnx.save(made.model_proto, onnx_file)
+    found = run_onnx(onnx_file, {made.model_proto.graph.input[0].name: x.numpy()})
+    expected = bfloat16_parts(Computes(bfloat16_parts), x)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.abs(mine - theirs.detach().numpy()).max() <= 2**-8  # see above

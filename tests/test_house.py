@@ -174,7 +174,11 @@ def test_package_data_patterns_cover_every_data_file() -> None:
     covered = {path for pattern in patterns for path in package.glob(pattern)}
     data = {
         path
-        for folder in (package / "report", package / "reference")
+        for folder in (
+            package / "report",
+            package / "reference",
+            package / "export" / "targets",
+        )
         for path in folder.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }
@@ -293,6 +297,10 @@ def test_make_targets_in_documents_exist() -> None:
     assert [
         line for path in check.markdown_files() for line in check.unknown_targets(path)
     ] == []
+
+
+def test_made_pages_are_up_to_date() -> None:
+    assert _check_docs()._made_pages() == []
 
 
 def test_public_names_in_the_readme_exist() -> None:

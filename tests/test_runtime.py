@@ -222,6 +222,12 @@ def test_sessions_are_made_at_first_use_and_kept(
     assert made == ["bucket_02.onnx", "bucket_00.onnx"]
 
 
+def test_threads_of_one_bucket_do_not_spin_while_another_runs(runner: Runner) -> None:
+    session = backend.make_session(runner.folder / "onnx/bucket_00.onnx", threads=2)
+    options = session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_a_tampered_artifact_does_not_load_unless_told_not_to_look(
     toy: Path, tmp_path: Path
 ) -> None:
@@ -260,7 +266,8 @@ class FakeOnnxRuntime:
     __version__ = "0"
 
     class SessionOptions:
-        pass
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            pass
 
     def __init__(self, available: list[str]) -> None:
         self.available = available

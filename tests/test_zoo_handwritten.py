@@ -326,7 +326,6 @@ PARTS: dict[str, tuple[str, ...]] = {
 # What could be routed as ROUTED says, and is refused today, with words of the reason.
 REFUSED_TODAY = {
     "experts_top_one_sparse": "depend on the values of tensors",
-    "sequence_first": "with the batch first",
 }
 
 # What the compiler does today where it is wrong; a test that begins to pass must leave this list.

@@ -30,6 +30,7 @@ from diffcr_compile.blocks import (
     BlockSpec,
     Path,
     Refusal,
+    StreamView,
     TokenAxis,
     leaves,
     map_leaves,
@@ -42,6 +43,7 @@ from diffcr_compile.legality import (
     Granularity,
     examine,
     find_blocks,
+    guess_views,
 )
 from diffcr_compile.parts import PartFindings
 from diffcr_compile.planning.copies import (
@@ -57,6 +59,7 @@ from diffcr_compile.program import Program
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
 from diffcr_compile.residual import Pairs
 from diffcr_compile.streams import Moved, image_stream
+from diffcr_compile.views import given_call, show_block, with_turned_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,13 @@ def dry_run(
         whole, twin = shared_copy(model), fake_copy(model, mode)
         with torch.no_grad():
             samples = two_samples(twin, *tree)
-        tried = _OnePerStructure(twin, mode, FakeRun(whole, twin, samples, mode))
+        first = FakeRun(whole, twin, samples, mode)
+        views = guess_views(*samples, first.calls, first.output)
+        turned = twin
+        if views:
+            turned = with_turned_blocks(twin, views)
+            first = FakeRun(whole, turned, samples, mode)
+        tried = _OnePerStructure(turned, mode, first, views)
         findings = find_blocks(whole, *samples, tried, granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return _on_real_numbers(model, tree, granularity, error)
@@ -168,8 +177,14 @@ class _OnePerStructure(Examiner):
         same_as: candidate -> the one of its structure that was tried.
     """
 
-    def __init__(self, twin: nn.Module, mode: FakeTensorMode, first: FakeRun) -> None:
-        self.twin, self.mode, self.first = twin, mode, first
+    def __init__(
+        self,
+        twin: nn.Module,
+        mode: FakeTensorMode,
+        first: FakeRun,
+        views: Mapping[str, StreamView],
+    ) -> None:
+        self.twin, self.mode, self.first, self.shown_as = twin, mode, first, views
         self.seen = first
         self.calls: dict[str, Call] = {}
         self.macs: dict[str, float] = {}
@@ -195,6 +210,10 @@ class _OnePerStructure(Examiner):
             stand_in(watched[name], calls[0])
             self.calls[name], self.macs[name] = calls[0], self.seen.macs[name]
         return shell, watched
+
+    def views(self, *_: Any) -> dict[str, StreamView]:
+        """Those of the fake run."""
+        return dict(self.shown_as)
 
     def pairs(self, name: str, module: nn.Module, call: Call) -> Pairs:
         digest = self.seen.digests[name]
@@ -308,11 +327,13 @@ def _captured(
         light = shared_copy(twin)
         for spec in findings.blocks:
             call = tried.calls[spec.name]
+            if spec.view is not None:
+                call = given_call(call, spec.view)
             if spec.name not in tried.same_as:
                 _check_traceable(spec.name, twin.get_submodule(spec.name), call)
             stand_in(light.get_submodule(spec.name), call, reads_all=True)
         program = _capture(light, fake, findings)
-        bodies = {spec.name: twin.get_submodule(spec.name) for spec in findings.blocks}
+        bodies = {s.name: _body(twin.get_submodule(s.name), s) for s in findings.blocks}
         return program.with_graph(program.copy_graph(), bodies)
 
     program, problem = _attempt(on_fake_weights)
@@ -320,6 +341,10 @@ def _captured(
         return program, problem
     # with data and all blocks there is one way more to capture a model
     return _attempt(lambda: _capture(shared_copy(model), tree, findings))
+
+
+def _body(block: nn.Module, spec: BlockSpec) -> nn.Module:
+    return block if spec.view is None else show_block(block, spec.view)
 
 
 def _attempt(make: Callable[[], Program]) -> tuple[Program | None, str | None]:

@@ -18,6 +18,7 @@ from diffcr_compile.macs import flop_counter
 from diffcr_compile.planning.copies import to_fake
 from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
 from diffcr_compile.recorded import Call
+from diffcr_compile.views import shown
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -91,7 +92,7 @@ class FakeRun:
                 args, kwargs = cut_arguments(tree, axes, index, num_tokens)
                 trace.start(self.modules[name], (args, kwargs), self.contents[name])
                 with trace:
-                    output = self.modules[name](*args, **kwargs)
+                    output = shown(self.modules[name])(*args, **kwargs)
                 return trace.stop(output)
         except Exception as error:  # noqa: BLE001 - the user's block may raise anything
             return short(error)

@@ -56,6 +56,9 @@ def make_session(path: Path, provider: str = "cpu", threads: int | None = None) 
     options.log_severity_level = 3  # errors: what it warns about is fallback, checked below
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Every session has threads of its own, which spin for a while after a run. With a session per
+    # timestep bucket those of the last bucket would take the cores from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     wanted = list(dict.fromkeys([name, _PROVIDERS["cpu"]]))
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import traceback
 
 from diffcr_compile.commands import (
     bench,
@@ -19,7 +20,7 @@ from diffcr_compile.commands import (
 )
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.terminal import errors, terminal
-from diffcr_compile.errors import INTERRUPTED, DiffCRError
+from diffcr_compile.errors import INTERRUPTED, DiffCRError, one_line
 
 VERBS = (
     doctor,
@@ -50,8 +51,8 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except DiffCRError as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        terminal.event("error", **error.to_dict())
+        _show(error, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         command = shlex.join(["diffcr", *sys.argv[1:]])
@@ -61,15 +62,25 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - no traceback unless it is asked for
         usage = getattr(error, "exit_code", None)  # click's own errors carry one
         if usage is None:
-            raise
+            bug = DiffCRError(f"{one_line(error)}. Run it again with -v for the traceback.")
+            terminal.event("error", **bug.to_dict())
+            _show(error, str(bug))
+            sys.exit(bug.exit_code)
         if hasattr(error, "show"):
             error.show()
         sys.exit(usage)
     finally:
         terminal.close()
+
+
+def _show(error: BaseException, text: str) -> None:
+    if terminal.verbosity > 0:
+        errors.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
+    errors.print(f"[bold red]{type(error).__name__}[/] ", end="")
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 
 
@@ -183,11 +184,24 @@ def make_config(data: dict[str, Any]) -> CompileConfig:
     try:
         return CompileConfig.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})"
-            for e in error.errors()
-        )
-        raise UsageError(f"the configuration is wrong: {problems}") from None
+        problems = error.errors()
+        unknown = all(e["type"] == "extra_forbidden" for e in problems)
+        raise UsageError(
+            "the configuration is wrong: " + "; ".join(_problem(dict(e)) for e in problems),
+            code="DCR-U009" if unknown else "DCR-U010",
+        ) from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    """One finding of pydantic in words."""
+    *parents, name = map(str, error["loc"])
+    where = ".".join([*parents, name])
+    if error["type"] == "extra_forbidden":
+        section: Any = CompileConfig
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        return f"there is no setting {where}{did_you_mean(name, section.model_fields)}"
+    return f"{where}: {error['msg']} (found {error['input']!r})"
 
 
 def load_config(
@@ -210,6 +224,11 @@ def load_config(
             data = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise UsageError(f"{path} is not YAML: {error}", code="DCR-U012") from error
+        if not isinstance(data, dict):
+            raise UsageError(
+                f"{path} holds a {type(data).__name__}, expected sections such as `calibration:`",
+                code="DCR-U012",
+            )
     for name, section in (defaults or {}).items():
         mine = data.get(name)
         if mine is None or isinstance(mine, dict):
@@ -219,5 +238,10 @@ def load_config(
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UsageError(
+                    f"there is no setting {key}: {parent} has a value of its own",
+                    code="DCR-U009",
+                )
         section[last] = value
     return make_config(data)

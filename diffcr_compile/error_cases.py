@@ -1,4 +1,4 @@
-"""What each error code means and what to do: the source of ``docs/errors.md`` and ``diffcr explain``.
+"""What each error code means and what to do: the source of ``docs/errors.md``.
 
 Standard library only: this file goes on the device with the runtime. A code is never given to another
 case; one that is no longer raised is deleted and its number left free.
@@ -92,29 +92,22 @@ _ROWS = (
     ("DCR-U026", "neither a model with inputs nor a pipeline", "dcr.compile, route and inspect take a torch.nn.Module with example_inputs, or a pipeline without.",
      "Pass example_inputs= with a model and pipeline_inputs= with a pipeline."),
     ("DCR-U027", "an unknown target", "There is no device of that name.", "Use one of the names in the message."),
-    ("DCR-U028", "a pattern that fits no block", "An entry of routing.include or routing.exclude is a block's name or re:<regular expression> for whole names.",
-     "diffcr inspect lists the names of the blocks."),
-    ("DCR-U029", "the setting cfg contradicts the pipeline", "inputs.cfg says how guidance enters the batch, and the pipeline was seen doing something else.",
-     "Set inputs.cfg to what the message names, or change the pipeline's guidance; null accepts what is seen."),
     ("DCR-U030", "diffcr run on another model", "Only the reference model's sampler is known to the tool.",
      "Load the artifact with dcr.load and use your own sampler, or put it into its pipeline."),
-    ("DCR-U031", "a negative or missing number", "The command line refuses a value outside its range, an unknown option or a missing argument before anything starts.",
-     "diffcr <verb> --help shows the options with examples."),
     ("DCR-U032", "a sequence of sizes in the wrong form", "A schedule, a set of keep ratios or bucket edges does not fit the model.",
      "The message names the entry and its range."),
     ("DCR-U033", "the log cannot be written", "--log-json names a file in a folder that does not exist or is not writable.",
      "Name a file in a folder that exists."),
-    ("DCR-U034", "an artifact for another model", "The drop-in transformer or the backend was given an artifact whose inputs the model's call does not have.",
-     "Use the artifact that was compiled from this model."),
-    ("DCR-U035", "nothing to undo", "dcr.remove takes a graph that dcr.route or dcr.freeze made in this process.",
-     "Pass that graph; a loaded artifact has no model to give back."),
-    ("DCR-U036", "an unknown error code", "diffcr explain takes a code such as DCR-U009.", "diffcr explain without a code lists all."),
+    ("DCR-U037", "a target's file is wrong", "A target is described in YAML with the keys of the shipped ones.",
+     "Compare with export/targets; the message names the key."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",
      "Read the reasons; routing.granularity=mlp routes feed-forwards where whole blocks mix positions."),
     ("DCR-M002", "something is attached to the model", "Hooks, adapters or offloading around a module would be lost in a graph.",
      "Take them off with the call that the message names; LoRA may be fused with routing.fuse_adapters=true."),
+    ("DCR-M003", "the graphs do not suit the target", "A graph has an operator, a type or a TopK that the device's importer refuses.",
+     "Read the reasons of diffcr lint; compile again with export.target set to the device."),
     ("DCR-C000", "the model cannot be captured", "torch.export gives no static graph of it: branches on values, numbers read from tensors.",
      "Move what the message names out of forward, or make it depend on shapes only."),
     # ---------------------------------------------------------------- environment, exit status 4

@@ -106,6 +106,8 @@ class CaptureError(UnsupportedModelError):
 class TargetError(UnsupportedModelError):
     """A graph has what the device or runtime that it is meant for does not take."""
 
+    general_code = "DCR-M003"
+
 
 class EnvironmentMissingError(DiffCRError):
     """A package, a version or a device is missing."""

@@ -83,14 +83,15 @@ def _resolves(name: str) -> bool:
 
 
 def _made_pages() -> list[str]:
-    spec = importlib.util.spec_from_file_location(
-        "make_targets", ROOT / "docs" / "make_targets.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    findings: list[str] = module.out_of_date()
+    """Findings about the pages that are made from code and data."""
+    findings: list[str] = []
+    for name in ("make_targets", "make_errors"):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        findings += module.out_of_date()
     return findings
 
 

@@ -6,7 +6,6 @@ version takes; and ``bugs/``, what is known to go wrong. The package's own is ``
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 
 Engine = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
@@ -156,7 +156,9 @@ def read_list(kind: type[_Kind], path: Path) -> tuple[_Kind, ...]:
     """Several objects from a YAML file that holds a list; errors as :func:`read_facts`."""
     data = _read(path)
     if not isinstance(data, list):
-        raise UsageError(f"{path} must hold a list, it holds {type(data).__name__}")
+        raise UsageError(
+            f"{path} must hold a list, it holds {type(data).__name__}", code="DCR-U037"
+        )
     return tuple(_checked(kind, item, path) for item in data)
 
 
@@ -165,29 +167,27 @@ def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"``, or nothing if nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise UsageError(f"{path} is not a file; a target is described in a YAML file")
+        raise UsageError(
+            f"{path} is not a file; a target is described in a YAML file", code="DCR-U037"
+        )
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+        raise UsageError(f"{path} is not YAML: {error}", code="DCR-U037") from error
 
 
 def _checked(kind: type[_Kind], data: Any, path: Path) -> _Kind:
     if not isinstance(data, Mapping):
-        raise UsageError(f"{path}: expected keys and values, found {type(data).__name__}")
+        raise UsageError(
+            f"{path}: expected keys and values, found {type(data).__name__}", code="DCR-U037"
+        )
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_problem(dict(e)) for e in error.errors())
-        raise UsageError(f"{path}: {problems}") from None
+        raise UsageError(f"{path}: {problems}", code="DCR-U037") from None
 
 
 def _problem(error: Mapping[str, Any]) -> str:

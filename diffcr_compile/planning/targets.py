@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 from diffcr_compile.planning.target_files import (
     SHIPPED,
@@ -18,7 +19,6 @@ from diffcr_compile.planning.target_files import (
     KnownBug,
     Spelling,
     TargetFile,
-    did_you_mean,
     read_facts,
     read_list,
 )
@@ -122,7 +122,8 @@ def find_target(name: str, folder: Path | None = None) -> Target:
     names = [n for target in known for n in (target.name, *target.aliases)]
     raise UsageError(
         f"there is no target {name!r}{did_you_mean(name, names)}. The targets are {', '.join(names)}, "
-        "or the path of a YAML file"
+        "or the path of a YAML file",
+        code="DCR-U027",
     )
 
 
@@ -144,7 +145,9 @@ def read_targets(path: Path) -> tuple[Target, ...]:
     if path.is_dir():
         folder, files = path, sorted(path.glob("*.y*ml"))
         if not files:
-            raise UsageError(f"{path} has no YAML file; a target is described in one")
+            raise UsageError(
+                f"{path} has no YAML file; a target is described in one", code="DCR-U037"
+            )
     else:
         folder, files = path.parent, [path]
     importers = _importers(SHIPPED) | _importers(folder)
@@ -240,7 +243,7 @@ def _chain(
                 f"{file}: there is no importer {following!r}{did_you_mean(following, importers)}"
             )
         if importers[following] in chain:
-            raise UsageError(f"{file}: importer {following!r} extends itself")
+            raise UsageError(f"{file}: importer {following!r} extends itself", code="DCR-U037")
         chain.insert(0, importers[following])
         following = importers[following].extends
     return tuple(chain)

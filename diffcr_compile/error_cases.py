@@ -132,6 +132,8 @@ _ROWS = (
     ("DCR-A004", "a file is missing or was changed", "A file's size or sha256 differs from the manifest's.", "Copy the artifact again, or make it anew."),
     ("DCR-A005", "a file that does not belong", "A checked folder of the artifact holds a file that the manifest does not list.", "Delete it."),
     ("DCR-A006", "a path out of the artifact", "The manifest or a link leads out of the folder.", "Do not use this artifact."),
+    ("DCR-A007", "a graph that is not the artifact's", "An ONNX file reads other files, uses operators that are not standard, or is damaged, whatever the manifest says.",
+     "Do not use this artifact; make it anew."),
     # ---------------------------------------------------------------- inside, exit status 1
     ("DCR-P000", "a pass could not finish", "A compiler pass met a graph it cannot edit.", "Report it, with the model if you may."),
     ("DCR-P001", "a pass was given what it does not take", "Passes were run in another order than their rules say.", "Run the pass that the message names first."),

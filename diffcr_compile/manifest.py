@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,12 +18,20 @@ from typing import Any
 
 from diffcr_compile.errors import ArtifactError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
 # Leftovers of an interrupted write: never listed, never read, so they do no harm.
 PARTIAL_SUFFIX = ".partial"
+# A manifest of 64 buckets and 1,000 blocks has about 2 MB.
+MAX_MANIFEST_BYTES = 1 << 24
+# What the tensors of a graph may hold, as numpy names it.
+DTYPES = frozenset(
+    {"bool", "complex64", "complex128", "float16", "float32", "float64", "bfloat16"}
+    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+)
+_CHECKSUM = "checksum"
 _CHUNK = 1 << 20
 _AGAIN = "Copy the artifact again, or make it anew with diffcr compile."
 
@@ -116,7 +125,9 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; an artifact exists from this moment on."""
-    write_json_atomic(folder / MANIFEST_FILE, dataclasses.asdict(manifest))
+    # As JSON has it: tuples are lists there, and the checksum is over what will be read.
+    data = json.loads(json.dumps(dataclasses.asdict(manifest), allow_nan=False))
+    atomic_write_bytes(folder / MANIFEST_FILE, _written(data).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -132,19 +143,26 @@ def read_manifest(folder: Path) -> Manifest:
             "that diffcr compile made, or run that again: it goes on where it stopped.",
             code="DCR-A001",
         )
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there.",
+            code="DCR-A006",
+        )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = _read_limited(path)
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}. {_AGAIN}", code="DCR-A002"
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path} has schema version {version!r}, this diffcr_compile reads version "
+            f"{path} has schema version {str(version)[:40]!r}, this diffcr_compile reads version "
             f"{SCHEMA_VERSION}. Install the version that made it, or make the artifact anew.",
             code="DCR-A003",
         )
+    checksum = data.pop(_CHECKSUM, None)
     expected = {field.name for field in dataclasses.fields(Manifest)}
     if set(data) != expected:
         missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
@@ -154,7 +172,31 @@ def read_manifest(folder: Path) -> Manifest:
         )
     manifest = Manifest(**data)
     _check_form(path, manifest)
+    if checksum != _checksum(data) or text != _written(data):
+        raise ArtifactError(
+            f"{path} was changed after it was written: its checksum does not fit. {_AGAIN}",
+            code="DCR-A002",
+        )
     return manifest
+
+
+def _read_limited(path: Path) -> str:
+    """The text of a file of a bearable size."""
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has {size} bytes, more than {MAX_MANIFEST_BYTES}")
+    return path.read_bytes().decode("utf-8")
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """Over what the manifest says; the files have hashes of their own in it."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _written(data: Mapping[str, Any]) -> str:
+    """The text of ``manifest.json``, checksum last."""
+    whole = {**data, _CHECKSUM: _checksum(data)}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
 def _check_form(path: Path, manifest: Manifest) -> None:
@@ -171,6 +213,20 @@ def _check_form(path: Path, manifest: Manifest) -> None:
                 f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}",
                 code="DCR-A002",
             )
+    for key in ("inputs", "outputs"):
+        for row in getattr(manifest, key):
+            if not _is_tensor(row):
+                raise ArtifactError(
+                    f"{path}: {key} has {str(row)[:200]}, which names no tensor. {_AGAIN}",
+                    code="DCR-A002",
+                )
+    for row in manifest.buckets:
+        low, high = row["low"], row["high"]
+        if not (_is_number(low) and _is_number(high) and low < high):
+            raise ArtifactError(
+                f"{path}: a timestep bucket goes from {str(low)[:40]} to {str(high)[:40]}. {_AGAIN}",
+                code="DCR-A002",
+            )
     if not isinstance(manifest.constants, dict):
         raise ArtifactError(
             f"{path}: constants must map arguments to values. {_AGAIN}", code="DCR-A002"
@@ -182,6 +238,22 @@ def _check_form(path: Path, manifest: Manifest) -> None:
         raise ArtifactError(
             f"{path}: files must map paths to sha256 and bytes. {_AGAIN}", code="DCR-A002"
         )
+
+
+def _is_tensor(row: Mapping[str, Any]) -> bool:
+    """Whether a row says name, dtype and shape of a tensor."""
+    shape = row["shape"]
+    return (
+        isinstance(row["name"], str)
+        and isinstance(row["dtype"], str)
+        and row["dtype"] in DTYPES
+        and isinstance(shape, list)
+        and all(type(size) is int and 0 <= size < 1 << 31 for size in shape)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def verify_artifact(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffcr_compile import manifest as manifest_module
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
@@ -83,7 +84,9 @@ def edit(folder: Path, change: Callable[[dict], None]) -> None:
     path = folder / MANIFEST_FILE
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    # as an attacker would: the checksum fits what it says now
+    text = {name: value for name, value in data.items() if name != "checksum"}
+    path.write_text(manifest_module._written(text))
 
 
 def test_what_was_written_is_read_back(folder: Path) -> None:
@@ -190,7 +193,7 @@ def test_a_bucket_whose_file_has_no_hash_is_refused(folder: Path, key: str) -> N
 @pytest.mark.parametrize("version", [0, 1, "1", None])
 def test_another_schema_version_is_refused(folder: Path, version: object) -> None:
     edit(folder, lambda data: data.update(schema_version=version))
-    with pytest.raises(ArtifactError, match=r"schema version .*reads version 2"):
+    with pytest.raises(ArtifactError, match=r"schema version .*reads version 3"):
         read_manifest(folder)
 
 
@@ -277,3 +280,17 @@ def test_the_manifest_needs_nothing_but_the_standard_library() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_a_manifest_that_was_changed_is_refused_even_where_nothing_else_would_notice(
+    folder: Path,
+) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"asked": 0.6', '"asked": 0.7').replace("2026", "2027"))
+    assert path.read_text() != text
+    with pytest.raises(ArtifactError, match="its checksum does not fit"):
+        read_manifest(folder)
+    path.write_text(text.rstrip("\n"))
+    with pytest.raises(ArtifactError, match="its checksum does not fit"):
+        read_manifest(folder)

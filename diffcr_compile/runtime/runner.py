@@ -17,6 +17,7 @@ from diffcr_compile.errors import UsageError
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.runtime.backend import Provider, check_provider, make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
+from diffcr_compile.runtime.onnx_structure import check_onnx
 
 Array = npt.NDArray[Any]
 
@@ -52,6 +53,9 @@ class Runner:
         self.manifest = read_manifest(self.folder)
         if verify:
             verify_artifact(self.folder, self.manifest)
+            weights = self.folder / self.manifest.weights
+            for bucket in self.manifest.buckets:
+                check_onnx(self.folder / bucket["onnx"], weights, self.manifest.inputs)
         check_provider(provider)
         self._provider = provider
         self._threads = threads

@@ -1,0 +1,1 @@
+"""The hard tests: kills, corruption, random models, load. ``make soak`` runs them in full."""

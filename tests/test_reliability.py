@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reliability import cases, corruption
+from benchmarks.reliability import cases, corruption, kills, load
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,37 @@ def test_every_corrupted_artifact_is_refused_with_a_documented_code(
     assert result["corruptions"] >= 800
     assert set(result["codes"]) == {f"DCR-A00{number}" for number in range(1, 8)}
     assert result["memory_peak_over_normal"] <= 2
+
+
+def test_many_threads_get_the_outputs_of_one(artifact: tuple[Path, dict[str, Any]]) -> None:
+    result = load.run(*artifact, calls=1000, threads=8)
+    assert result["wrong_outputs"] == 0
+    assert result["buckets"] == 2
+    assert result["memory_growth"] < 0.05  # of 1,000 calls; 1 % of 10,000 is for `make soak`
+
+
+def test_a_killed_compilation_resumes_to_the_same_bytes() -> None:
+    result = kills.run(points=3, seed=1, report=lambda line: None)
+    assert result["wrong"] == []
+    assert result["kills"] == 3
+
+
+@pytest.mark.soak
+def test_at_least_200_kills() -> None:
+    result = kills.run(points=250)
+    assert result["wrong"] == []
+    assert result["kills"] >= 200
+
+
+@pytest.mark.soak
+def test_at_least_2000_corruptions(artifact: tuple[Path, dict[str, Any]]) -> None:
+    result = corruption.run(*artifact, count=2500)
+    assert result["wrong"] == []
+    assert result["corruptions"] >= 2000
+
+
+@pytest.mark.soak
+def test_ten_thousand_calls(artifact: tuple[Path, dict[str, Any]]) -> None:
+    result = load.run(*artifact, calls=10_000, threads=8)
+    assert result["wrong_outputs"] == 0
+    assert result["memory_growth"] < 0.01

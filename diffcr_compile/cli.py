@@ -5,6 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
+from typing import NoReturn
+
+from click.exceptions import Abort
 
 from diffcr_compile.commands import (
     bench,
@@ -49,19 +52,13 @@ def main() -> None:
     """Run the command line; every error leaves with its documented exit code."""
     terminal.start()
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except DiffCRError as error:
         terminal.event("error", **error.to_dict())
         _show(error, str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        command = shlex.join(["diffcr", *sys.argv[1:]])
-        errors.print(
-            f"Interrupted. What is finished is kept; go on with:  {command}",
-            markup=False,
-            soft_wrap=True,
-        )
-        sys.exit(INTERRUPTED)
+    except (KeyboardInterrupt, Abort):
+        _stop_interrupted()
     except Exception as error:  # noqa: BLE001 - no traceback unless it is asked for
         usage = getattr(error, "exit_code", None)  # click's own errors carry one
         if usage is None:
@@ -72,8 +69,24 @@ def main() -> None:
         if hasattr(error, "show"):
             error.show()
         sys.exit(usage)
+    else:
+        # Typer turns Ctrl-C, and an exit that a verb asks for, into what it returns.
+        if status == INTERRUPTED:
+            _stop_interrupted()
+        if isinstance(status, int) and status != 0:
+            sys.exit(status)
     finally:
         terminal.close()
+
+
+def _stop_interrupted() -> NoReturn:
+    command = shlex.join(["diffcr", *sys.argv[1:]])
+    errors.print(
+        f"Interrupted. What is finished is kept; go on with:  {command}",
+        markup=False,
+        soft_wrap=True,
+    )
+    sys.exit(INTERRUPTED)
 
 
 def _show(error: BaseException, text: str) -> None:

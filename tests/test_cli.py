@@ -166,7 +166,8 @@ def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
+    # inside of a verb, where Typer would see it first
+    monkeypatch.setattr("diffcr_compile.reference.demo.load_reference_dit", interrupt)
     assert run(monkeypatch, "demo", "-o", "somewhere") == 130
     assert "diffcr demo -o somewhere" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reliability import cases, corruption, kills, load
+from benchmarks.reliability import cases, corruption, kills, load, modules
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,21 @@ def test_many_threads_get_the_outputs_of_one(artifact: tuple[Path, dict[str, Any
 
 
 def test_a_killed_compilation_resumes_to_the_same_bytes() -> None:
-    result = kills.run(points=3, seed=1, report=lambda line: None)
+    result = kills.run(points=2, seed=1, report=lambda line: None)
     assert result["wrong"] == []
-    assert result["kills"] == 3
+    assert result["kills"] == 2
+
+
+def test_random_models_are_routed_or_refused_as_they_must_be() -> None:
+    result = modules.run(count=8, first=20_000)
+    assert result["wrong"] == []
+    assert result["verdicts"]["routed"] >= 1
+    assert min(result["blocks"].values()) >= 1
+
+
+@pytest.mark.soak
+def test_at_least_500_random_models() -> None:
+    assert modules.run(count=500)["wrong"] == []
 
 
 @pytest.mark.soak

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability import cases, corruption, kills, load
+from benchmarks.reliability import cases, corruption, kills, load, modules
 from diffcr_compile.summary import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +24,7 @@ PAGE = ROOT / "docs/reliability.md"
 def page(found: dict[str, Any]) -> str:
     """The document."""
     killed, damaged, called = found["kills"], found["corruption"], found["load"]
+    drawn = found["modules"]
     codes = ", ".join(f"{code} {count}" for code, count in damaged["codes"].items())
     return f"""# Reliability
 
@@ -36,6 +37,7 @@ each, `make soak` the full one.
 | SIGKILL while a model is compiled, then the same call again | {killed["kills"]} kills at {killed["points"]} points | {len(killed["wrong"])} |
 | corrupted artifacts | {damaged["corruptions"]} | {len(damaged["wrong"])} |
 | calls of one runner from {called["threads"]} threads, mixed timestep buckets | {called["calls"] * called["threads"]} | {called["wrong_outputs"]} |
+| random models through every stage, routed and refused blocks mixed | {drawn["models"]} | {len(drawn["wrong"])} |
 
 ## Kills
 
@@ -60,36 +62,53 @@ computes. Sign the folder where that matters.
 
 Outputs of all threads were those of one thread, bit for bit; resident memory grew by {called["memory_growth"]:.2%} after a warm-up.
 
+## Random models
+
+{drawn["blocks"]["legal"]} blocks that treat tokens alike and {drawn["blocks"]["illegal"]} that do not, in {drawn["models"]} models with arguments in either
+order, masks, tables, tuples and two layouts. Every block of the first kind was routed, every one of the second refused with
+a reason; routed models equalled the dense one bit for bit with all tokens kept, a slow reference on half of them within
+1e-4, and ONNX Runtime agreed within 1e-4.
+
 ## Not tried yet
 
-Full disks and read-only folders at every stage, generated random models, long calibrations, hashes of the packages that CI installs.
+Full disks and read-only folders at every stage, long calibrations, hashes of the packages that CI installs.
 """
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs of kills as one."""
-    sums = {
-        key: sum(run[key] for run in runs)
-        for key in ("points", "kills", "not_loadable_after_the_kill", "seconds")
-    }
-    return {
-        **sums,
-        "events_of_a_run": runs[0]["events_of_a_run"],
-        "wrong": [line for run in runs for line in run["wrong"]],
-        "seeds": [run["seed"] for run in runs],
-    }
+    """Several runs as one: counts are added, findings put together."""
+    result: dict[str, Any] = {}
+    for name, value in runs[0].items():
+        every = [run[name] for run in runs]
+        if name in {"seed", "first_seed", "events_of_a_run"}:
+            result[name] = value
+        elif isinstance(value, dict):
+            keys = dict.fromkeys(key for item in every for key in item)
+            result[name] = {key: sum(item.get(key, 0) for item in every) for key in keys}
+        elif isinstance(value, list):
+            result[name] = [line for item in every for line in item]
+        else:
+            result[name] = sum(every)
+    return result
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=250)
     parser.add_argument("--kills-from", type=Path, nargs="*", default=[])
+    parser.add_argument("--modules", type=int, default=500)
+    parser.add_argument("--modules-from", type=Path, nargs="*", default=[])
     parser.add_argument("--corruptions", type=int, default=2500)
     parser.add_argument("--calls", type=int, default=10_000)
     arguments = parser.parse_args()
     # Forks first: ONNX Runtime's threads do not live on in a fork.
-    runs = [json.loads(path.read_text()) for path in arguments.kills_from]
-    found: dict[str, Any] = {"kills": merged(runs or [kills.run(arguments.points)])}
+    killed = read(arguments.kills_from) or [kills.run(arguments.points)]
+    drawn = read(arguments.modules_from) or [modules.run(arguments.modules)]
+    found: dict[str, Any] = {"kills": merged(killed), "modules": merged(drawn)}
     with tempfile.TemporaryDirectory() as folder:
         artifact, inputs = cases.tiny_artifact(Path(folder) / "artifact")
         found["corruption"] = corruption.run(artifact, inputs, arguments.corruptions)
@@ -97,7 +116,12 @@ def main() -> None:
     found |= {"environment": environment(), "date": time.strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps(found, indent=1, default=str) + "\n")
     PAGE.write_text(page(found), encoding="utf-8")
-    print({name: len(found[name].get("wrong", [])) for name in ("kills", "corruption")})
+    print(
+        {
+            name: len(found[name].get("wrong", []))
+            for name in ("kills", "corruption", "modules")
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ _ROWS = (
     ("DCR-A006", "a path out of the artifact", "The manifest or a link leads out of the folder.", "Do not use this artifact."),
     ("DCR-A007", "a graph that is not the artifact's", "An ONNX file reads other files, uses operators that are not standard, or is damaged, whatever the manifest says.",
      "Do not use this artifact; make it anew."),
+    ("DCR-A008", "a plan of engines is wrong", "It names engines and profiles that do not cover every timestep bucket exactly once, or has another form.",
+     "Make it anew from the artifact with diffcr build."),
     # ---------------------------------------------------------------- inside, exit status 1
     ("DCR-P000", "a pass could not finish", "A compiler pass met a graph it cannot edit.", "Report it, with the model if you may."),
     ("DCR-P001", "a pass was given what it does not take", "Passes were run in another order than their rules say.", "Run the pass that the message names first."),

@@ -18,7 +18,7 @@ from typing import Any
 
 from diffcr_compile.errors import ArtifactError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
@@ -59,6 +59,10 @@ class Manifest:
         stages: stage -> status.
         constants: argument -> what it is in the graphs, for every argument that is no input; see
             ``runtime/constants.py``.
+        profile_graphs: graphs that serve several timestep buckets, for engines with one profile per
+            bucket: onnx (relative path), buckets, kept_inputs (input -> block whose kept tokens are its
+            length) and remark (why it serves no more buckets, or ""). Together they serve every bucket;
+            none if they were not exported.
         schema_version: of this structure.
     """
 
@@ -78,6 +82,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     stages: Mapping[str, str]
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    profile_graphs: Sequence[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -231,6 +236,12 @@ def _check_form(path: Path, manifest: Manifest) -> None:
         raise ArtifactError(
             f"{path}: constants must map arguments to values. {_AGAIN}", code="DCR-A002"
         )
+    if not _are_profile_graphs(manifest):
+        raise ArtifactError(
+            f"{path}: profile_graphs must list entries with onnx, buckets, kept_inputs and remark, "
+            f"each bucket once. {_AGAIN}",
+            code="DCR-A002",
+        )
     files = manifest.files
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in files.values()
@@ -249,6 +260,32 @@ def _is_tensor(row: Mapping[str, Any]) -> bool:
         and row["dtype"] in DTYPES
         and isinstance(shape, list)
         and all(type(size) is int and 0 <= size < 1 << 31 for size in shape)
+    )
+
+
+def _are_profile_graphs(manifest: Manifest) -> bool:
+    """Whether the rows have their form, and serve every timestep bucket once or are none."""
+    rows = manifest.profile_graphs
+    if not isinstance(rows, list) or not all(_is_profile_graph(r, manifest) for r in rows):
+        return False
+    served = sorted(bucket for row in rows for bucket in row["buckets"])
+    return not rows or served == list(range(len(manifest.buckets)))
+
+
+def _is_profile_graph(row: Any, manifest: Manifest) -> bool:
+    if not isinstance(row, dict) or not {"onnx", "buckets", "kept_inputs", "remark"} <= set(
+        row
+    ):
+        return False
+    buckets, inputs = row["buckets"], row["kept_inputs"]
+    return (
+        isinstance(row["onnx"], str)
+        and isinstance(buckets, list)
+        and all(type(bucket) is int for bucket in buckets)
+        and isinstance(inputs, dict)
+        and all(
+            isinstance(block, str) and block in manifest.schedule for block in inputs.values()
+        )
     )
 
 
@@ -313,6 +350,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 def _check_references(folder: Path, manifest: Manifest) -> None:
     """The files that a load opens must be among those whose hashes are checked."""
     used = [bucket[key] for bucket in manifest.buckets for key in ("onnx", "golden")]
+    used += [row["onnx"] for row in manifest.profile_graphs]
     for name in (*used, manifest.weights):
         if name not in manifest.files:
             raise ArtifactError(

@@ -193,7 +193,7 @@ def test_a_bucket_whose_file_has_no_hash_is_refused(folder: Path, key: str) -> N
 @pytest.mark.parametrize("version", [0, 1, "1", None])
 def test_another_schema_version_is_refused(folder: Path, version: object) -> None:
     edit(folder, lambda data: data.update(schema_version=version))
-    with pytest.raises(ArtifactError, match=r"schema version .*reads version 3"):
+    with pytest.raises(ArtifactError, match=r"schema version .*reads version 4"):
         read_manifest(folder)
 
 

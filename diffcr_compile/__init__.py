@@ -29,6 +29,7 @@ _PUBLIC = {
     "freeze": "diffcr_compile.api",
     "inspect": "diffcr_compile.api",
     "load": "diffcr_compile.runtime",
+    "remove": "diffcr_compile.api",
     "route": "diffcr_compile.api",
 }
 __all__ = sorted(_PUBLIC)

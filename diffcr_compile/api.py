@@ -82,6 +82,7 @@ __all__ = [
     "freeze",
     "inspect",
     "load",
+    "remove",
     "route",
 ]
 
@@ -168,8 +169,30 @@ def route(
     """
     config = config or RoutingConfig()
     model, example_inputs, _ = open_model(model, example_inputs, pipeline_inputs, component)
-    model = prepared(model, config.fuse_adapters)
-    return routed_program(captured(model, example_inputs, config), config, seed).module
+    ready = prepared(model, config.fuse_adapters)
+    return routed_program(captured(ready, example_inputs, config, model), config, seed).module
+
+
+def remove(routed: nn.Module, *, accept_changes: bool = False) -> nn.Module:
+    """The model that a graph was made from, as it was: same object, same modules, same bits.
+
+    Routing puts nothing on the model. What using the graph leaves on modules that the two share, the
+    training switch and gradients, is put back to what it was.
+
+    Args:
+        routed: from :func:`route` or :func:`freeze`.
+        accept_changes: give the model back also where its weights were changed meanwhile.
+
+    Raises:
+        UsageError: weights of the model were written to since; names them.
+    """
+    origin = routed.program.origin if isinstance(routed, DiTGraph) else None
+    if origin is None:
+        raise UsageError(
+            f"expected a graph from dcr.route() or dcr.freeze(), got {type(routed).__name__}",
+            code="DCR-U025",
+        )
+    return origin.restore(accept_changes)
 
 
 def calibrate(
@@ -323,7 +346,7 @@ def compile(
     model, example_inputs, runs = open_model(
         model, example_inputs, pipeline_inputs, component, config.rollouts.steps
     )
-    model = prepared(model, config.routing.fuse_adapters)
+    user_model, model = model, prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
     with Workspace(Path(out)) as space:
@@ -331,7 +354,8 @@ def compile(
         identity = fingerprint(weights_hash(model), name, made_of)
         with space.stage("capture", identity):
             dense = with_batch(
-                captured(model, example_inputs, config.routing), config.export.batch
+                captured(model, example_inputs, config.routing, user_model),
+                config.export.batch,
             )
         with space.stage("route", identity):
             routed = routed_program(dense, config.routing, config.calibration.seed)

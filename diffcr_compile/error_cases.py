@@ -100,6 +100,8 @@ _ROWS = (
      "Name a file in a folder that exists."),
     ("DCR-U037", "a target's file is wrong", "A target is described in YAML with the keys of the shipped ones.",
      "Compare with export/targets; the message names the key."),
+    ("DCR-U050", "the routed model's weights were changed", "dcr.remove promises the model bit for bit, and something wrote to weights that it shares with the routed graph.",
+     "Load the model anew, or pass accept_changes=True to keep the weights as they are now."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

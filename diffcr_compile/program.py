@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import UsageError
+from diffcr_compile.origin import Origin
 from diffcr_compile.outputs import put_together, take_apart
 from diffcr_compile.routing import Gate
 from diffcr_compile.schedule import TokenSchedule
@@ -91,6 +92,7 @@ class Program:
         bucket: index of the timestep bucket, FROZEN only.
         dynamic_batch: the graph runs with other batch sizes than the example's.
         history: one line per pass that changed the program, oldest first.
+        origin: the user's model as it was; None where a program was made by hand.
     """
 
     module: DiTGraph
@@ -106,6 +108,7 @@ class Program:
     bucket: int | None = None
     dynamic_batch: bool = True
     history: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.opened import ExampleInputs, call_of
+from diffcr_compile.origin import Origin
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
@@ -42,10 +44,16 @@ Event = Callable[[str, int, int, Mapping[str, Any]], None]
 
 
 def captured(
-    model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    config: RoutingConfig,
+    user_model: nn.Module,
 ) -> Program:
+    """Capture `model`, which is `user_model` or a copy of it with its adapters fused."""
+    origin = Origin.of(user_model, model)
     with checkpointing_off(model):
-        return _found_and_captured(model, example_inputs, config)
+        program = _found_and_captured(model, example_inputs, config)
+    return dataclasses.replace(program, origin=origin).attached()
 
 
 def _found_and_captured(

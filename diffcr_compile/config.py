@@ -83,7 +83,12 @@ class RolloutConfig(_Section):
 class CalibrationConfig(_Section):
     """The short fine-tune that learns routers and keep ratios."""
 
-    steps: int = Field(default=240, ge=0, description="training steps")
+    steps: int = Field(
+        default=240,
+        ge=0,
+        description="training steps; 0 is the training-free mode: routers in closed form, and keep "
+        "ratios from a table of measured errors",
+    )
     batch: int = Field(
         default=24, ge=1, description="states per step, all of one timestep bucket"
     )
@@ -95,16 +100,27 @@ class CalibrationConfig(_Section):
         description="where keep ratios come from: gradients, while the budget falls; a table of "
         "measured errors, solved before the first step; or one for all (Mixture-of-Depths)",
     )
+    ratios_per: Literal["block_and_bucket", "block", "bucket"] = Field(
+        default="block_and_bucket",
+        description="what has a keep ratio of its own: every block in every timestep bucket (the paper's "
+        "-LT), every block (-L), or every timestep bucket (-T)",
+    )
     estimator: Literal["boundary", "two_bin"] = Field(
         default="boundary",
         description="gradient of the keep ratios: one forward, or the paper's two",
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of the training step's matrix products (autocast); weights, routers and loss stay fp32",
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="of the matrices inside the routed blocks; everything else has AdamW",
+    )
     lr_weights: float = Field(
-        default=4e-4, gt=0, description="AdamW learning rate of the model's weights"
+        default=4e-4, gt=0, description="learning rate of the model's weights"
     )
-    lr_router: float = Field(
-        default=1e-3, gt=0, description="AdamW learning rate of the routers"
-    )
+    lr_router: float = Field(default=1e-3, gt=0, description="learning rate of the routers")
     lr_ratio: float = Field(
         default=0.02, gt=0, description="size of a typical step of a keep ratio"
     )

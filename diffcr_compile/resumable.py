@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffcr_compile.calibrate.data import Conditions
-from diffcr_compile.calibrate.loop import CalibrationResult, own_weights
+from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import Sampler
+from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.export.artifact import export_dense
 from diffcr_compile.export.parity import Parity

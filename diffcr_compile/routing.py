@@ -109,7 +109,10 @@ class TokenSelector(nn.Module):
         if self.kept_tokens == 0:
             nothing = stream.new_zeros(stream.shape[0], 1)
             return Selection(nothing.long(), nothing - 1)
-        logits = self.router(image_tokens(stream, self.start, self.num_tokens))  # (B, N)
+        tokens = image_tokens(stream, self.start, self.num_tokens)
+        # Calibration may autocast; scores stay fp32, as they are in the graph that is exported.
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = self.router(tokens)  # (B, N)
         if keeps_all:
             return Selection(None, self._gate(logits))
         index = select_tokens(logits, self.kept_tokens, self.shares_index)  # (B, K)

@@ -25,6 +25,7 @@ from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
 from diffcr_compile.calibrate.loop import run_calibration
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.samplers import FlowEuler, SchedulerSampler
+from diffcr_compile.calibrate.trained import TrainedParameters
 from diffcr_compile.calibrate.warm_start import warm_start_routers
 from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
 from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
@@ -189,6 +190,20 @@ def test_every_ratio_can_move_in_both_directions(
         assert np.allclose(moved, 0 if wall else -0.01 * direction, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("per", "axis"), [("block", 1), ("bucket", 0), ("block_and_bucket", None)]
+)
+def test_tied_ratios_stay_equal_and_the_others_do_not(
+    states: TeacherStates, per: str, axis: int | None
+) -> None:
+    """-L and -T of the paper: after learning, real ratios differ only where they may."""
+    result = calibrated(fresh(), states, ratios_per=per, steps=16)
+    ratios = result.keep_ratios.values
+    spreads = [np.ptp(ratios, axis=other).max() for other in (0, 1)]
+    assert [spread > 1e-6 for spread in spreads] == [axis != 0, axis != 1]
+    assert 0.6 * 0.98 <= result.schedule.reached <= 0.6
+
+
 def test_gradient_of_a_ratio_is_the_slope_of_the_loss(states: TeacherStates) -> None:
     """Linear in the boundary weight, so a finite difference within a bin is exact."""
     program = fresh()
@@ -273,6 +288,8 @@ def test_calibration_learns_and_leaves_the_users_model_alone(states: TeacherStat
         {"train": "ratio"},
         {"ratios": "uniform"},
         {"steps": 0},
+        {"optimizer": "muon"},
+        {"precision": "bf16"},
     ],
     ids=str,
 )
@@ -289,7 +306,32 @@ def test_every_mode_meets_the_budget(states: TeacherStates, options: dict) -> No
     )
     assert moved == (options.get("train", "all") == "all" and options.get("steps") != 0)
     ratios = result.keep_ratios.values
-    assert (np.ptp(ratios) < 1e-9) == (options in ({"ratios": "uniform"}, {"steps": 0}))
+    assert (np.ptp(ratios) < 1e-9) == (options == {"ratios": "uniform"})
+
+
+def test_routers_score_in_fp32_under_autocast() -> None:
+    program = fresh()
+    selector = next(m for n, m in program.module.named_modules() if n.endswith("_select"))
+    tokens = torch.randn(2, selector.num_tokens, program.blocks[0].width)
+    selector.keep(selector.num_tokens // 2)
+    expected = selector(tokens).positions
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selector(tokens).positions, expected)
+
+
+def test_muon_steps_the_matrices_of_routed_blocks_and_nothing_else() -> None:
+    program = fresh()
+    trained = TrainedParameters(program, CalibrationConfig(optimizer="muon"))
+    adamw, muon = trained.optimizers
+    names = {id(p): n for n, p in trained.parameters.items()}
+    mine = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    blocks = tuple(spec.name + "." for spec in program.blocks)
+    expected = {
+        n for n, p in program.module.named_parameters() if n.startswith(blocks) and p.ndim == 2
+    }
+    assert mine == expected
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert rest == set(names.values()) - expected
 
 
 def test_paper_gate_trains() -> None:

@@ -13,6 +13,7 @@ upper bin. The derivative by that weight says what one more bin of tokens is wor
 from __future__ import annotations
 
 import bisect
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from diffcr_compile.schedule import (
 )
 
 MOMENTUM = 0.9
+RatiosPer = Literal["block_and_bucket", "block", "bucket"]
 _BISECTIONS = 60
 
 
@@ -41,10 +43,16 @@ class RatioLearner:
     """
 
     def __init__(
-        self, program: Program, costs: CostTable, buckets: TimestepBuckets, *, two_bin: bool
+        self,
+        program: Program,
+        costs: CostTable,
+        buckets: TimestepBuckets,
+        *,
+        two_bin: bool,
+        per: RatiosPer = "block_and_bucket",
     ) -> None:
         self.names = tuple(spec.name for spec in program.blocks)
-        self.costs, self.buckets, self.two_bin = costs, buckets, two_bin
+        self.costs, self.buckets, self.two_bin, self.per = costs, buckets, two_bin, per
         self.values: Floats = np.ones((len(self.names), len(buckets)))
         self.momentum: Floats = np.zeros_like(self.values)
         self.lowest = np.array([costs.levels[n][0] / costs.levels[n][-1] for n in self.names])
@@ -117,10 +125,21 @@ class RatioLearner:
             self.momentum[row, bucket] += (1 - MOMENTUM) * (
                 gradient - self.momentum[row, bucket]
             )
+        gradients = self._tied(self.momentum)
         # One scale for all cells keeps their gradients comparable; the mean is the budget's affair.
-        scale = float(np.sqrt(np.mean(self.momentum**2))) + 1e-12
-        self.values[:, bucket] -= lr * self.momentum[:, bucket] / scale
+        scale = float(np.sqrt(np.mean(gradients**2))) + 1e-12
+        moved = slice(None) if self.per == "block" else bucket
+        self.values[:, moved] -= lr * gradients[:, moved] / scale
         self.values = np.clip(self.values, self.lowest[:, None], 1.0)
+
+    def _tied(self, cells: Floats) -> Floats:
+        """The mean over all cells that share a ratio, in each of them."""
+        if self.per == "block":
+            weights = np.array(self.buckets.weights)
+            return np.broadcast_to((cells @ weights)[:, None], cells.shape)
+        if self.per == "bucket":
+            return np.broadcast_to(cells.mean(0, keepdims=True), cells.shape)
+        return cells
 
     def keep(self, schedule: TokenSchedule, bucket: int) -> None:
         """Let every selector keep exactly what the schedule says."""

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,23 +52,3 @@ def load_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path} cannot be read ({type(error).__name__}: {error}); it was changed from outside. "
             "Delete it to start the calibration anew."
         ) from error
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors."""
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of :func:`optimizer_tensors`."""
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            entries.setdefault(int(index), {})[name] = tensor
-    saved = optimizer.state_dict()
-    optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})

@@ -1,0 +1,169 @@
+"""What a calibration trains: which parameters, their optimizers, learning rates and moving averages."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.config import CalibrationConfig
+from diffcr_compile.errors import EnvironmentMissingError
+from diffcr_compile.program import DiTGraph, Program
+
+WARMUP_STEPS = 20
+LAST_RATE = 0.05  # of the learning rate, at the last step
+BETAS = (0.9, 0.99)
+LARGEST_NORM = 1.0  # gradients are clipped to this
+
+
+class TrainedParameters:
+    """The trained parameters of a routed program, with all that a step does to them.
+
+    Attributes:
+        parameters: by name in the program's module.
+        averages: the exponential moving average of each, which is what a calibration returns.
+    """
+
+    def __init__(self, program: Program, config: CalibrationConfig) -> None:
+        self.config = config
+        self.parameters = trained_parameters(program, config)
+        self.optimizers = _optimizers(program, self.parameters, config)
+        self.averages: dict[str, Tensor] = {}
+        self.forget_averages()
+
+    def forget_averages(self) -> None:
+        """Start the moving averages anew from the present values."""
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def update(self, step: int) -> None:
+        """One optimizer step from the gradients that are there, which are cleared.
+
+        Args:
+            step: from 0; decides the learning rate.
+        """
+        factor = rate_factor(step, self.config.steps)
+        if self.parameters:
+            nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_NORM)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(self.config.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.averages[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def take_averages(self) -> None:
+        """Put the moving averages in place of the parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.averages[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on, as flat tensors."""
+        state = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        state |= {f"ema.{name}": average for name, average in self.averages.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, entry in optimizer.state_dict()["state"].items():
+                for name, value in entry.items():
+                    state[f"optimizer.{number}.{index}.{name}"] = torch.as_tensor(value)
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The reverse of :meth:`state`."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"weights.{name}"])
+            self.averages[name] = state[f"ema.{name}"]
+        for number, optimizer in enumerate(self.optimizers):
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in state.items():
+                if key.startswith(f"optimizer.{number}."):
+                    _, _, index, name = key.split(".", 3)
+                    entries.setdefault(int(index), {})[name] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def own_weights(module: DiTGraph) -> None:
+    """Give a graph its own copy of every weight; weights that were shared inside it stay shared."""
+    memo: dict[int, Any] = {}
+    for name, child in list(module.named_children()):
+        setattr(module, name, copy.deepcopy(child, memo))
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, copy.deepcopy(parameter, memo))
+
+
+def router_parameters(program: Program) -> dict[str, nn.Parameter]:
+    """The parameters of all routers, by block and name."""
+    return {
+        f"{block}.{name}": parameter
+        for block, router in program.module.routers.items()
+        for name, parameter in router.named_parameters()
+    }
+
+
+def trained_parameters(program: Program, config: CalibrationConfig) -> dict[str, nn.Parameter]:
+    """Those that ``calibration.train`` names."""
+    if config.train == "ratio":
+        return {}
+    routers = {id(p) for p in router_parameters(program).values()}
+    return {
+        name: parameter
+        for name, parameter in program.module.named_parameters()
+        if id(parameter) in routers or config.train == "all"
+    }
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+
+def _optimizers(
+    program: Program, trained: dict[str, nn.Parameter], config: CalibrationConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the routed blocks."""
+    routers = {id(p) for p in router_parameters(program).values()}
+    matrices: dict[int, nn.Parameter] = {}
+    if config.optimizer == "muon":
+        inside = tuple(f"{spec.name}." for spec in program.blocks)
+        matrices = {
+            id(p): p
+            for name, p in trained.items()
+            if p.ndim == 2 and name.startswith(inside) and id(p) not in routers
+        }
+    groups = [
+        _group([p for p in trained.values() if id(p) in routers], config.lr_router),
+        _group(
+            [p for p in trained.values() if id(p) not in routers | matrices.keys()],
+            config.lr_weights,
+        ),
+    ]
+    made: list[torch.optim.Optimizer] = []
+    filled = [group for group in groups if group["params"]]
+    if filled:
+        made.append(torch.optim.AdamW(filled, betas=BETAS, weight_decay=0.0))
+    if matrices:
+        made.append(_muon(_group(list(matrices.values()), config.lr_weights)))
+    return made
+
+
+def _group(parameters: list[nn.Parameter], rate: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": rate, "base_lr": rate}
+
+
+def _muon(group: dict[str, Any]) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise EnvironmentMissingError(
+            f"calibration.optimizer is muon, which torch {torch.__version__} does not have; it came "
+            "with torch 2.9. Install a newer one, or set calibration.optimizer to adamw."
+        )
+    # Steps as large as AdamW's, so that one learning rate serves both.
+    return torch.optim.Muon([group], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Artifact": "diffcr_compile.api",
     "CompileConfig": "diffcr_compile.config",
+    "DiffusersTransformer": "diffcr_compile.drop_in",
     "FlowEuler": "diffcr_compile.calibrate.samplers",
     "KeepRatios": "diffcr_compile.schedule",
     "Plan": "diffcr_compile.api",

@@ -102,6 +102,10 @@ _ROWS = (
      "Compare with export/targets; the message names the key."),
     ("DCR-U050", "the routed model's weights were changed", "dcr.remove promises the model bit for bit, and something wrote to weights that it shares with the routed graph.",
      "Load the model anew, or pass accept_changes=True to keep the weights as they are now."),
+    ("DCR-U051", "another model than the artifact's", "Graphs are made again around the dense model only where they then give the golden outputs.",
+     "Pass the dense model with the weights that the artifact was compiled from."),
+    ("DCR-U052", "the dense model is needed", "FROZEN graphs in torch stand around the dense model, and only classes of diffusers are known by their name.",
+     "Pass the dense model as model=."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",
@@ -138,6 +142,8 @@ _ROWS = (
      "Do not use this artifact; make it anew."),
     ("DCR-A008", "a plan of engines is wrong", "It names engines and profiles that do not cover every timestep bucket exactly once, or has another form.",
      "Make it anew from the artifact with diffcr build."),
+    ("DCR-A008", "an artifact without a recipe", "model/recipe.json, which says how the model is called, is missing.",
+     "Make the artifact anew, or use CompiledDenoiser(folder, dense_model), which needs none."),
     # ---------------------------------------------------------------- inside, exit status 1
     ("DCR-P000", "a pass could not finish", "A compiler pass met a graph it cannot edit.", "Report it, with the model if you may."),
     ("DCR-P001", "a pass was given what it does not take", "Passes were run in another order than their rules say.", "Run the pass that the message names first."),

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import UsageError
 
 SHOWN = 3
@@ -39,21 +40,24 @@ class Origin:
     Attributes:
         model: as the user gave it.
         captured: what the graph was cut out of: `model` itself, or a copy with its adapters fused.
+        routing: the settings that it was routed with.
         training: each module of the model with its training switch.
         seen: each parameter and buffer, by name.
     """
 
     model: nn.Module
     captured: nn.Module
+    routing: RoutingConfig
     training: tuple[tuple[nn.Module, bool], ...]
     seen: dict[str, _Seen]
 
     @classmethod
-    def of(cls, model: nn.Module, captured: nn.Module) -> Origin:
+    def of(cls, model: nn.Module, captured: nn.Module, routing: RoutingConfig) -> Origin:
         """The model as it is now."""
         return cls(
             model,
             captured,
+            routing,
             tuple((module, module.training) for module in model.modules()),
             {name: _seen(tensor) for name, tensor in model.state_dict(keep_vars=True).items()},
         )

@@ -124,6 +124,7 @@ def exported(
             config.export.parity_tolerance,
             progress,
             find_targets(config.export.target),
+            learned="model/routed.safetensors",
         )
 
 

@@ -26,6 +26,7 @@ from diffcr_compile.config import CompileConfig, RoutingConfig
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
+from diffcr_compile.export.recipe_files import write_recipe_files
 from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.manifest import Manifest
@@ -50,7 +51,7 @@ def captured(
     user_model: nn.Module,
 ) -> Program:
     """Capture `model`, which is `user_model` or a copy of it with its adapters fused."""
-    origin = Origin.of(user_model, model)
+    origin = Origin.of(user_model, model, config)
     with checkpointing_off(model):
         program = _found_and_captured(model, example_inputs, config)
     return dataclasses.replace(program, origin=origin).attached()
@@ -163,6 +164,8 @@ def export_programs(
     tolerance: float,
     progress: Event | None = None,
     targets: Sequence[Target] = (),
+    learned: str | None = None,
+    guidance: Mapping[str, Any] | None = None,
 ) -> Manifest:
     first = programs[0]
     schedule = first.schedule
@@ -180,6 +183,7 @@ def export_programs(
         budget={"metric": "macs", "asked": schedule.asked, "reached": schedule.reached},
         parity_tolerance=tolerance,
         targets=targets,
+        describe=lambda folder: write_recipe_files(folder, programs, learned, guidance),
         progress=(lambda done, count: progress("export", done, count, {}))
         if progress
         else None,

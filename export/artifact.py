@@ -69,6 +69,7 @@ def export_artifact(
     parity_tolerance: float = 1e-4,
     progress: Progress | None = None,
     targets: Sequence[Target] = (),
+    describe: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write onnx/, golden/, model/schedule.json, model/node_map.json and, last, manifest.json.
 
@@ -87,6 +88,7 @@ def export_artifact(
         parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
         progress: called with (buckets done, buckets).
         targets: devices that must take every graph.
+        describe: writes more files into the model/ of the folder that it is given.
 
     Raises:
         UsageError: the programs are not the buckets of one schedule, or an input is unknown.
@@ -104,6 +106,8 @@ def export_artifact(
             _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
             for bucket in range(len(frozen))
         ]
+        if describe is not None:
+            describe(staging)
         _publish(staging, folder)
     manifest = Manifest(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

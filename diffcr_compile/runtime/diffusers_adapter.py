@@ -6,18 +6,31 @@ This file alone of the runtime needs torch; nothing else in it imports it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffcr_compile.errors import UsageError
+from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.runtime.runner import Runner
+
+_OUTPUT = "diffusers.models.modeling_outputs.Transformer2DModelOutput"
+
+
+class Backend(Protocol):
+    """What runs the graphs: ONNX Runtime or TensorRT through :class:`Runner`, or torch."""
+
+    manifest: Manifest
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """One step; tensors as the manifest lists them, outputs on their device."""
 
 
 class CompiledDenoiser(nn.Module):
@@ -27,6 +40,8 @@ class CompiledDenoiser(nn.Module):
         artifact: the artifact's folder, or a runner.
         dense: the model that it was compiled from. Only its config, dtype, device and the order of
             its parameters are kept; it may be freed afterwards.
+        output: dotted name of the dataclass that the model's forward returns.
+        splits_batch: a call with twice the batch that was built runs in two halves: guided and unguided.
         options: of :class:`Runner`, if a folder is given.
 
     Raises:
@@ -37,10 +52,18 @@ class CompiledDenoiser(nn.Module):
     config: Any  # the dense model's
 
     def __init__(
-        self, artifact: str | os.PathLike[str] | Runner, dense: Any, **options: Any
+        self,
+        artifact: str | os.PathLike[str] | Runner | Backend,
+        dense: Any,
+        *,
+        output: str = _OUTPUT,
+        splits_batch: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.runner = artifact if isinstance(artifact, Runner) else Runner(artifact, **options)
+        if isinstance(artifact, (str, os.PathLike)):
+            artifact = Runner(artifact, **options)
+        self.runner = artifact
         self.config = dense.config
         self.dtype: torch.dtype = dense.dtype
         self.register_buffer("_device", torch.empty(0, device=dense.device), persistent=False)
@@ -51,6 +74,7 @@ class CompiledDenoiser(nn.Module):
             spec["name"]: (tuple(spec["shape"]), np.dtype(spec["dtype"]))
             for spec in self.runner.manifest.inputs
         }
+        self._output, self._splits_batch = output, splits_batch
 
     @property
     def device(self) -> torch.device:
@@ -73,22 +97,51 @@ class CompiledDenoiser(nn.Module):
             for name, leaf in given.items()
             if isinstance(leaf, Tensor) and name not in self.runner.manifest.constants
         }
-        arrays = {name: self._array(name, tensor) for name, tensor in tensors.items()}
-        found = self.runner(**arrays)
-        like = next(iter(tensors.values()))
+        parts = [self._run(part) for part in self._parts(tensors)]
         outputs = tuple(
-            torch.from_numpy(output).to(like.device)
-            for output in (found if isinstance(found, tuple) else (found,))
+            pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for pieces in zip(*parts, strict=True)
         )
         if not return_dict:
             return outputs
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
         if len(outputs) > 1:
             raise UsageError(
                 f"the model has {len(outputs)} outputs; call it with return_dict=False for a tuple"
             )
-        return Transformer2DModelOutput(sample=outputs[0])
+        return self._output_class()(outputs[0])
+
+    def _output_class(self) -> Any:
+        module, _, name = self._output.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        ready = {name: self._prepared(name, tensor) for name, tensor in tensors.items()}
+        self._check_shapes(ready)
+        if not isinstance(self.runner, Runner):
+            return self.runner.run_tensors(ready)
+        found = self.runner(**{n: _array(tensor) for n, tensor in ready.items()})
+        device = next(iter(tensors.values())).device
+        return tuple(
+            torch.from_numpy(output).to(device)
+            for output in (found if isinstance(found, tuple) else (found,))
+        )
+
+    def _parts(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The call itself, or its two halves if it has twice the batch and the artifact says so."""
+        sample = self.runner.manifest.sample_input
+        if not self._splits_batch or sample not in tensors or sample not in self._wanted:
+            return [tensors]
+        built = self._wanted[sample][0][0]
+        if tensors[sample].shape[0] != 2 * built:
+            return [tensors]
+        halves: list[dict[str, Tensor]] = [{}, {}]
+        for name, tensor in tensors.items():
+            shape = self._wanted[name][0] if name in self._wanted else ()
+            doubled = bool(shape) and tensor.ndim > 0 and tensor.shape[0] == 2 * shape[0]
+            pieces = tensor.chunk(2) if doubled else (tensor, tensor)
+            for half, piece in zip(halves, pieces, strict=True):
+                half[name] = piece
+        return halves
 
     def _check_constants(self, given: Mapping[str, Any]) -> None:
         """Refuse a call that says something else about an argument that is fixed in the graphs."""
@@ -111,10 +164,56 @@ class CompiledDenoiser(nn.Module):
                     code="DCR-U023",
                 )
 
-    def _array(self, name: str, tensor: Tensor) -> Any:
+    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse what was not built, and say what was, in the words of a pipeline."""
+        missing = [name for name in self._wanted if name not in tensors]
+        unknown = [name for name in tensors if name not in self._wanted]
+        if missing or unknown:
+            raise UsageError(
+                f"inputs missing: {missing}, unknown: {unknown}. This artifact was built for "
+                f"{self._built()}",
+                code="DCR-U020",
+            )
+        for name, tensor in tensors.items():
+            wanted = self._wanted[name][0]
+            if tuple(tensor.shape) != wanted:
+                raise UsageError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {wanted}: this "
+                    f"{self._what_differs(name, tuple(tensor.shape))} was not built, and graphs are static. "
+                    f"This artifact was built for {self._built()}. Compile again with pipeline inputs of "
+                    "the size you need.",
+                    code="DCR-U021",
+                )
+
+    def _what_differs(self, name: str, found: tuple[int, ...]) -> str:
+        """Batch, resolution or sequence length."""
+        wanted = self._wanted[name][0]
+        if len(found) != len(wanted):
+            return "number of axes"
+        axes = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
+        if axes[0] == 0:
+            return "batch"
+        if name == self.runner.manifest.sample_input and len(wanted) > 3:
+            return "number of channels" if axes[0] == 1 else "resolution"
+        return "sequence length" if axes[0] == 1 else "size"
+
+    def _built(self) -> str:
+        specs = ", ".join(
+            f"{n} {dtype}{list(shape)}" for n, (shape, dtype) in self._wanted.items()
+        )
+        sample = self.runner.manifest.sample_input
+        if sample not in self._wanted:
+            return specs
+        shape = self._wanted[sample][0]
+        split = ", and twice that in two halves" if self._splits_batch else ""
+        return (
+            f"batch {shape[0]}{split}, samples of {' x '.join(map(str, shape[1:]))}: {specs}"
+        )
+
+    def _prepared(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor as the artifact takes it: a timestep for the whole batch becomes one per sample."""
-        if name not in self._wanted:  # the runner refuses it, and says what it takes
-            return tensor.detach().cpu().float().numpy()
+        if name not in self._wanted:  # refused below, with what it takes
+            return tensor
         shape, dtype = self._wanted[name]
         if name == self.runner.manifest.timestep_input and tensor.numel() == 1:
             tensor = tensor.reshape(1, *tensor.shape[1:]) if tensor.ndim else tensor.reshape(1)
@@ -122,7 +221,11 @@ class CompiledDenoiser(nn.Module):
         if tensor.is_floating_point() and dtype.kind == "f":
             # numpy has no bfloat16; between float types a pipeline's choice is not an error
             tensor = tensor.to(getattr(torch, dtype.name))
-        return tensor.detach().cpu().numpy()
+        return tensor
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
 
 
 def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

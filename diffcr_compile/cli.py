@@ -11,6 +11,7 @@ from click.exceptions import Abort
 
 from diffcr_compile.commands import (
     bench,
+    build,
     compile,
     demo,
     doctor,
@@ -31,6 +32,7 @@ VERBS = (
     compile,
     validate,
     lint,
+    build,
     bench,
     report,
     run,

@@ -103,7 +103,7 @@ def _example_call(
             raise ArtifactError(
                 f"the argument {'.'.join(map(str, path))} was {row['text']} when {folder} was made, which "
                 "a file cannot say. Use dcr.route and dcr.freeze in the program that has it.",
-                code="DCR-A008",
+                code="DCR-A014",
             )
         value = fixed[row["tensor"]].to(device) if "tensor" in row else row["value"]
         constants.append((path, tuple(value) if row.get("is_tuple") else value))

@@ -77,7 +77,7 @@ def read_recipe(folder: Path) -> Recipe:
         raise ArtifactError(
             f"{path} is missing: {folder} was made by a version that did not write it. Make the artifact "
             "anew, or use CompiledDenoiser(folder, dense_model), which needs none.",
-            code="DCR-A008",
+            code="DCR-A014",
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(

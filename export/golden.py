@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-from safetensors.numpy import load, save
 
-from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import atomic_write_bytes
 from diffcr_compile.runtime.complex_inputs import as_graph_input
+from diffcr_compile.runtime.safetensors_file import read_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +39,10 @@ def write_golden(
     Returns:
         The file's path.
     """
+    from safetensors.numpy import (
+        save,  # not at the top: devices read golden files, hosts write them
+    )
+
     tensors = {f"input.{name}": _array(tensor) for name, tensor in inputs.items()}
     names = output_names(len(outputs))
     tensors |= {f"output.{n}": _array(t) for n, t in zip(names, outputs, strict=True)}
@@ -55,12 +57,7 @@ def read_golden(path: Path) -> tuple[dict[str, Array], list[Array]]:
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}. Make the artifact anew with diffcr compile."
-        ) from error
+    tensors = read_safetensors(path)
     inputs = {
         k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")
     }

@@ -211,4 +211,4 @@ def test_a_model_that_is_not_of_diffusers_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "model/recipe.json").unlink()
     with pytest.raises(ArtifactError, match="CompiledDenoiser") as missing:
         dcr.DiffusersTransformer.from_artifact(tmp_path)
-    assert missing.value.code == "DCR-A008"
+    assert missing.value.code == "DCR-A014"

@@ -21,8 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
 from diffcr_compile.manifest import Manifest, atomic_write_bytes, hash_files, write_manifest
-from diffcr_compile.runtime import Runner, backend, euler_flow, load
-from diffcr_compile.runtime import runner as runner_module
+from diffcr_compile.runtime import Runner, backend, euler_flow, load, onnx_backend
 from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import TimestepBuckets
 
@@ -214,7 +213,7 @@ def test_sessions_are_made_at_first_use_and_kept(
         made.append(path.name)
         return backend.make_session(path, *options)
 
-    monkeypatch.setattr(runner_module, "make_session", counted)
+    monkeypatch.setattr(onnx_backend, "make_session", counted)
     runner = Runner(toy)
     assert made == []
     for timestep in (900.0, 800.0, 100.0, 900.0):

@@ -5,21 +5,30 @@ from __future__ import annotations
 import bisect
 import math
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from diffcr_compile.errors import UsageError
 from diffcr_compile.manifest import read_manifest, verify_artifact
-from diffcr_compile.runtime.backend import Provider, check_provider, make_session
+from diffcr_compile.runtime.backend import Provider
 from diffcr_compile.runtime.complex_inputs import as_graph_input
+from diffcr_compile.runtime.onnx_backend import OnnxBackend
 from diffcr_compile.runtime.onnx_structure import check_onnx
+from diffcr_compile.runtime.open_engines import open_engines
 
 Array = npt.NDArray[Any]
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+
+class Backend(Protocol):
+    """What runs the graph of a timestep bucket."""
+
+    def run(self, bucket: int, arrays: Mapping[str, Array]) -> list[Array]: ...
+    def close(self) -> None: ...
 
 
 class Runner:
@@ -27,41 +36,75 @@ class Runner:
 
     Args:
         folder: the artifact.
-        provider: ``cpu`` or ``cuda``.
-        threads: threads inside an operator; None for ONNX Runtime's default.
-        verify: check every file against the manifest first. Switch it off only where the artifact
-            was checked before, as in a process that is started often.
+        backend: ``onnxruntime``, or ``tensorrt`` for engines that were built on this device.
+        provider: of ONNX Runtime: ``cpu`` or ``cuda``.
+        threads: of ONNX Runtime: threads inside an operator; None for its default.
+        swap: of TensorRT: keep only the current timestep bucket in memory. It takes a change of the
+            bucket as long as reading an engine from disk, and as little memory as one bucket.
+        cuda_graphs: of TensorRT: replay recorded work where CUDA can record it.
+        verify: check every file that is used against the manifest or the engines' sidecar first.
+            Switch it off only where the artifact was checked before, as in a process that is started
+            often.
 
     Raises:
-        ArtifactError: a file is missing or is not the one that was written.
-        EnvironmentMissingError: the provider is not there.
+        UsageError: an option that the backend does not have.
+        ArtifactError: a file is missing or is not the one that was written, or there are no engines
+            that may run on this device.
+        EnvironmentMissingError: the backend, the provider or the device is not there.
+        ResourceError: the device has too little memory.
 
     Attributes:
         folder: the artifact.
         manifest: what was built.
+        backend: what runs the graphs.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
+        backend: BackendName = "onnxruntime",
         provider: Provider = "cpu",
         threads: int | None = None,
+        swap: bool = False,
+        cuda_graphs: bool = True,
         verify: bool = True,
     ) -> None:
+        if backend not in get_args(BackendName):
+            raise UsageError(
+                f"backend must be one of {list(get_args(BackendName))}, got {backend!r}"
+            )
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        if verify:
-            verify_artifact(self.folder, self.manifest)
-            weights = self.folder / self.manifest.weights
-            for bucket in self.manifest.buckets:
-                check_onnx(self.folder / bucket["onnx"], weights, self.manifest.inputs)
-        check_provider(provider)
-        self._provider = provider
-        self._threads = threads
         self._highs = [float(bucket["high"]) for bucket in self.manifest.buckets]
-        self._sessions: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self.backend: Backend
+        if backend == "onnxruntime":
+            if swap:
+                raise UsageError("swap=True is for engines: backend='tensorrt'")
+            if verify:
+                self._verify_graphs()
+            self.backend = OnnxBackend(self.folder, self.manifest, provider, threads)
+            return
+        if provider != "cpu" or threads is not None:
+            raise UsageError(f"provider and threads are ONNX Runtime's, not of {backend!r}")
+        self.backend = open_engines(
+            self.folder,
+            self.manifest,
+            backend,
+            swap=swap,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+        )
+
+    def close(self) -> None:
+        """Give memory back: engines, contexts, sessions."""
+        self.backend.close()
+
+    def _verify_graphs(self) -> None:
+        verify_artifact(self.folder, self.manifest)
+        weights = self.folder / self.manifest.weights
+        for bucket in self.manifest.buckets:
+            check_onnx(self.folder / bucket["onnx"], weights, self.manifest.inputs)
 
     def __call__(self, **inputs: Any) -> Any:
         """Run one step.
@@ -77,7 +120,7 @@ class Runner:
                 of the call belong to different buckets.
         """
         arrays = self._checked(inputs)
-        outputs = self._session(self._bucket(arrays)).run(None, arrays)
+        outputs = self.backend.run(self._bucket(arrays), arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def bucket_of(self, timestep: float) -> int:
@@ -132,16 +175,6 @@ class Runner:
                 code="DCR-U022",
             )
         return found.pop()
-
-    def _session(self, bucket: int) -> Any:
-        """The session of a bucket, made at its first use; buckets with one graph share one."""
-        name = self.manifest.buckets[bucket]["onnx"]
-        with self._lock:
-            if name not in self._sessions:
-                self._sessions[name] = make_session(
-                    self.folder / name, self._provider, self._threads
-                )
-            return self._sessions[name]
 
     def _signature(self) -> str:
         return ", ".join(f"{s['name']} {s['dtype']}{s['shape']}" for s in self.manifest.inputs)

@@ -1,0 +1,218 @@
+"""Engines on disk: ``engines/<device>_<sm>_trt<version>/`` with plans, a sidecar and ``engine.ok.json``.
+
+An engine runs on the kind of device and with the TensorRT that it was built with, and nowhere else.
+TensorRT itself notices some of that; wrong results of a known kind it does not (docs/jetson.md). So the
+sidecar says what an engine is for, and ``engine.ok.json`` is written only after every profile gave the
+golden outputs; both are read here, before a plan is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffcr_compile.engine_plan import EnginePlan
+from diffcr_compile.errors import ArtifactError
+from diffcr_compile.manifest import Manifest, sha256_file, write_json_atomic
+from diffcr_compile.runtime.device import MODULES, Device
+
+ENGINES = "engines"
+SIDECAR = "engine.json"
+OK_FILE = "engine.ok.json"
+SIDECAR_VERSION = 1
+MAX_SIDECAR_BYTES = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFile:
+    """The file of one engine.
+
+    Attributes:
+        sha256: of its bytes.
+        bytes: its size.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """What is known about the engines of a folder.
+
+    Attributes:
+        device: what they were built on or, ahead of time, for.
+        made_from: :func:`made_from` of the artifact.
+        plan: which engines there are, with their profiles.
+        files: name of an engine -> its file, which is called :func:`plan_file`.
+        settings: of the build.
+        ahead_of_time: whether no such device was there when they were built.
+        created: ISO date and time, UTC.
+    """
+
+    device: Device
+    made_from: str
+    plan: EnginePlan
+    files: Mapping[str, PlanFile]
+    settings: Mapping[str, Any]
+    ahead_of_time: bool
+    created: str
+
+    def __post_init__(self) -> None:
+        names = sorted(engine.name for engine in self.plan.engines)
+        if names != sorted(self.files):
+            raise ValueError(f"it has files of {sorted(self.files)} for the engines {names}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "sidecar_version": SIDECAR_VERSION,
+            "device": dataclasses.asdict(self.device),
+            "made_from": self.made_from,
+            "plan": self.plan.to_json(),
+            "files": {name: dataclasses.asdict(file) for name, file in self.files.items()},
+            "settings": dict(self.settings),
+            "ahead_of_time": self.ahead_of_time,
+            "created": self.created,
+        }
+
+
+def plan_file(engine: str) -> str:
+    """Name of the file of an engine."""
+    return f"{engine}.plan"
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """Hash and size of a plan that was just built."""
+    return PlanFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def made_from(manifest: Manifest) -> str:
+    """One hash of all graphs and their weights, as the manifest lists them."""
+    graphs = sorted(
+        (name, entry["sha256"])
+        for name, entry in manifest.files.items()
+        if name.startswith("onnx/")
+    )
+    return hashlib.sha256(json.dumps(graphs).encode()).hexdigest()
+
+
+def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
+    """Write ``engine.json``; what was said about earlier engines there no longer holds."""
+    (folder / OK_FILE).unlink(missing_ok=True)
+    write_json_atomic(folder / SIDECAR, sidecar.to_json())
+
+
+def write_ok(folder: Path, rows: Sequence[Mapping[str, Any]], checked: str) -> None:
+    """Write ``engine.ok.json``: every profile gave the golden outputs.
+
+    Args:
+        folder: of the engines.
+        rows: one per timestep bucket, with its figures.
+        checked: ISO date and time, UTC.
+    """
+    content = {"sidecar_sha256": sha256_file(folder / SIDECAR), "checked": checked}
+    write_json_atomic(folder / OK_FILE, {**content, "buckets": [dict(r) for r in rows]})
+
+
+def read_sidecar(folder: Path) -> Sidecar:
+    """The sidecar of a folder of engines.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    data = _read_json(folder / SIDECAR)
+    if data.get("sidecar_version") != SIDECAR_VERSION:
+        raise _damaged(folder, f"its version is {str(data.get('sidecar_version'))[:40]!r}")
+    try:
+        return Sidecar(
+            device=_device(data["device"]),
+            made_from=str(data["made_from"]),
+            plan=EnginePlan.from_json(data["plan"]),
+            files={str(name): _plan_file(row) for name, row in data["files"].items()},
+            settings=dict(data["settings"]),
+            ahead_of_time=bool(data["ahead_of_time"]),
+            created=str(data["created"]),
+        )
+    except ArtifactError as error:
+        raise _damaged(folder, error.message) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def is_checked(folder: Path) -> bool:
+    """Whether ``engine.ok.json`` is there and is about the sidecar that lies beside it."""
+    if not (folder / OK_FILE).is_file():
+        return False
+    found = _read_json(folder / OK_FILE)
+    return bool(found.get("sidecar_sha256") == sha256_file(folder / SIDECAR))
+
+
+def check_plans(folder: Path, sidecar: Sidecar) -> None:
+    """Raise ArtifactError unless every plan is the one that the sidecar describes."""
+    for engine, file in sidecar.files.items():
+        path = folder / plan_file(engine)
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != file.bytes:
+            problem = f"has {path.stat().st_size} bytes, its sidecar says {file.bytes}: truncated or replaced"
+        elif sha256_file(path) != file.sha256:
+            problem = "was changed: its sha256 is not the one in its sidecar"
+        else:
+            continue
+        raise ArtifactError(
+            f"{path} {problem}. {rebuild(folder.parent.parent)}", code="DCR-A011"
+        )
+
+
+def rebuild(artifact: Path) -> str:
+    """What to do about an engine that cannot be used."""
+    return (
+        f"Build it again on this device: diffcr build {artifact}, or, with trtexec and without the "
+        f"compiler: sh build_on_device.sh in {artifact}, then python3 diffcr_runtime.pyz check."
+    )
+
+
+def _device(data: Mapping[str, Any]) -> Device:
+    device = Device(
+        name=str(data["name"]),
+        sm=_whole(data["sm"]),
+        runtime=str(data["runtime"]),
+        version=str(data["version"]),
+    )
+    if device.runtime not in MODULES:
+        raise ValueError(f"the runtime is {device.runtime[:40]!r}")
+    return device
+
+
+def _plan_file(row: Mapping[str, Any]) -> PlanFile:
+    return PlanFile(sha256=str(row["sha256"]), bytes=_whole(row["bytes"]))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a whole number, found {str(value)[:40]!r}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        data = json.loads(path.read_bytes().decode("utf-8"))
+        if not isinstance(data, dict):
+            raise TypeError(f"it holds {type(data).__name__}, expected an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path.parent, f"{path.name}: {error}") from error
+    return data
+
+
+def _damaged(folder: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"the sidecar of the engines in {folder} cannot be read: {why}. {rebuild(folder.parent.parent)}",
+        code="DCR-A011",
+    )

@@ -1,0 +1,314 @@
+"""Engines of TensorRT: a context per profile over shared buffers, recorded as CUDA graphs where possible."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffcr_compile.engine_plan import EngineSpec
+from diffcr_compile.errors import ArtifactError, ResourceError
+from diffcr_compile.manifest import Manifest
+from diffcr_compile.runtime.cuda_api import Cuda
+from diffcr_compile.runtime.device_buffers import ActivationBuffer, TensorBuffers, tensor_bytes
+from diffcr_compile.runtime.engine_files import Sidecar, plan_file, rebuild
+
+Array = npt.NDArray[Any]
+Place = tuple[str, int]  # name of an engine, number of the profile
+
+
+@dataclasses.dataclass
+class _Context:
+    """An execution context that is ready to run, and its recorded work.
+
+    Attributes:
+        context: TensorRT's.
+        graph: recorded CUDA graph; None before the second run, or if it cannot be recorded.
+        runs: how often it ran.
+    """
+
+    context: Any
+    graph: Any = None
+    runs: int = 0
+
+
+class TensorRTBackend:
+    """Runs timestep buckets on the engines of one folder.
+
+    Args:
+        artifact: the artifact's folder.
+        manifest: of it.
+        folder: of the engines.
+        sidecar: of them; the caller has checked that they may run here.
+        trt: TensorRT's Python module.
+        cuda: the device.
+        swap: keep only the engine and the context of the current bucket in memory. Changing the bucket
+            then reads a plan from disk.
+        cuda_graphs: record each context's work once and replay it, which spares launches.
+
+    Raises:
+        ArtifactError: TensorRT cannot read a plan, or a plan has other inputs or outputs.
+        ResourceError: the device has too little memory.
+
+    Attributes:
+        remarks: what was not done as asked, such as a graph that CUDA could not record, in words.
+    """
+
+    def __init__(
+        self,
+        artifact: Path,
+        manifest: Manifest,
+        folder: Path,
+        sidecar: Sidecar,
+        trt: Any,
+        cuda: Cuda,
+        *,
+        swap: bool = False,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self._artifact, self._manifest = artifact, manifest
+        self._folder, self._sidecar = folder, sidecar
+        self._trt, self._cuda = trt, cuda
+        self._swap, self._cuda_graphs = swap, cuda_graphs
+        self._lock = threading.Lock()
+        self._engines: dict[str, Any] = {}
+        self._contexts: dict[Place, _Context] = {}
+        self.remarks: list[str] = []
+        self._closed = False
+        self._check_memory()
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._stream = cuda.make_stream()
+        self._activations = ActivationBuffer(cuda)
+        self._buffers = TensorBuffers(cuda, self._tensor_sizes())
+        try:
+            self._fill_length_inputs()
+            if not swap:
+                self._load_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, bucket: int, arrays: Mapping[str, Array]) -> list[Array]:
+        """Outputs of a timestep bucket, in the order of the manifest.
+
+        Args:
+            bucket: its index.
+            arrays: as the manifest says, complex ones as real pairs.
+        """
+        with self._lock:
+            if self._closed:
+                raise ResourceError("this runner was closed; load the artifact again")
+            context = self._context(bucket)
+            for name, array in arrays.items():
+                self._cuda.upload(
+                    self._buffers.addresses[name], np.ascontiguousarray(array), self._stream
+                )
+            self._execute(context, bucket)
+            outputs = [np.empty(s["shape"], s["dtype"]) for s in self._manifest.outputs]
+            for spec, output in zip(self._manifest.outputs, outputs, strict=True):
+                self._cuda.download(
+                    output, self._buffers.addresses[spec["name"]], self._stream
+                )
+            self._cuda.synchronize(self._stream)
+            return outputs
+
+    def close(self) -> None:
+        """Give all memory of the device back; further runs are refused."""
+        if self._closed:
+            return
+        self._closed = True
+        self._drop_contexts()
+        self._engines.clear()
+        self._buffers.close()
+        self._activations.close()
+        self._cuda.destroy_stream(self._stream)
+
+    # ------------------------------------------------------------------------------- loading
+
+    def _load_all(self) -> None:
+        """Every engine and context, over one activation buffer as large as the largest needs."""
+        plan = self._sidecar.plan
+        sizes = [
+            self._activation_bytes(self._engine(engine.name), number)
+            for engine in plan.engines
+            for number in range(len(engine.profiles))
+        ]
+        self._activations.reserve(max(sizes))
+        for bucket in range(len(self._manifest.buckets)):
+            self._context(bucket)
+
+    def _context(self, bucket: int) -> _Context:
+        """The context of a bucket, made at its first use; with `swap` all others are dropped."""
+        engine, number = self._sidecar.plan.place(bucket)
+        place = (engine.name, number)
+        if place not in self._contexts:
+            if self._swap:
+                self._drop_contexts()
+                for name in [name for name in self._engines if name != engine.name]:
+                    del self._engines[name]
+            self._contexts[place] = _Context(self._make_context(engine, number))
+        return self._contexts[place]
+
+    def _engine(self, name: str) -> Any:
+        if name not in self._engines:
+            path = self._folder / plan_file(name)
+            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            if engine is None:
+                raise ArtifactError(
+                    f"TensorRT {self._trt.__version__} cannot read {path}, although it is the file that "
+                    f"was built here: the device is out of memory, or JetPack was changed. "
+                    f"{rebuild(self._artifact)}",
+                    code="DCR-A011",
+                )
+            self._check_tensors(path, engine)
+            self._engines[name] = engine
+        return self._engines[name]
+
+    def _make_context(self, spec: EngineSpec, number: int) -> Any:
+        engine = self._engine(spec.name)
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.create_execution_context(strategy)
+        if context is None:
+            raise ResourceError(
+                f"TensorRT could not make a context for profile {number} of {spec.name}: memory. Load "
+                "with swap=True, or free memory on the device.",
+                code="DCR-R003",
+            )
+        done = bool(context.set_optimization_profile_async(number, self._stream))
+        self._cuda.synchronize(self._stream)
+        shapes = spec.profiles[number].shapes
+        for name, shape in shapes.items():
+            done = done and bool(context.set_input_shape(name, shape))
+        size = self._activation_bytes(engine, number)
+        context.set_device_memory(self._activations.reserve(size), size)
+        for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+            done = done and bool(
+                context.set_tensor_address(name, self._buffers.addresses[name])
+            )
+        if not done:
+            raise ArtifactError(
+                f"profile {number} of {spec.name} does not take the shapes that its sidecar names: "
+                f"{ {n: tuple(s) for n, s in shapes.items()} }. {rebuild(self._artifact)}",
+                code="DCR-A011",
+            )
+        return context
+
+    def _activation_bytes(self, engine: Any, profile: int) -> int:
+        return int(engine.get_device_memory_size_for_profile_v2(profile))
+
+    def _drop_contexts(self) -> None:
+        """Contexts go before their engine: TensorRT wants it so."""
+        if self._contexts:
+            self._cuda.synchronize(self._stream)
+        while self._contexts:
+            context = self._contexts.popitem()[1]
+            if context.graph is not None:
+                self._cuda.destroy_graph(context.graph)
+
+    # ------------------------------------------------------------------------------- running
+
+    def _execute(self, context: _Context, bucket: int) -> None:
+        if context.graph is not None:
+            self._cuda.launch(context.graph, self._stream)
+            return
+        # TensorRT sets things up in the first run after a change of shapes, which cannot be recorded.
+        if self._cuda_graphs and context.runs == 1:
+            context.graph = self._record(context.context, bucket)
+        context.runs += 1
+        if context.graph is not None:
+            self._cuda.launch(context.graph, self._stream)
+        else:
+            self._enqueue(context.context, bucket)
+
+    def _record(self, context: Any, bucket: int) -> Any:
+        """The work of a context as a CUDA graph; None, and a remark, if it cannot be recorded."""
+        self._cuda.synchronize(self._stream)
+        try:
+            self._cuda.begin_capture(self._stream)
+            try:
+                self._enqueue(context, bucket)
+            finally:
+                graph = self._cuda.end_capture(self._stream)
+        except ResourceError as error:
+            self.remarks.append(
+                f"timestep bucket {bucket} runs without a CUDA graph: {error.message}"
+            )
+            return None
+        return graph
+
+    def _enqueue(self, context: Any, bucket: int) -> None:
+        if not context.execute_async_v3(self._stream):
+            raise ResourceError(
+                f"TensorRT could not run timestep bucket {bucket}; its log has the reason. Start the "
+                "process again; if it comes back, run diffcr doctor --device.",
+                code="DCR-R004",
+            )
+
+    # ------------------------------------------------------------------------------- checks
+
+    def _tensor_sizes(self) -> dict[str, int]:
+        """Bytes of every input and output; of inputs that are lengths, of the longest."""
+        specs = (*self._manifest.inputs, *self._manifest.outputs)
+        sizes = {spec["name"]: tensor_bytes(spec["shape"], spec["dtype"]) for spec in specs}
+        return sizes | self._length_inputs()
+
+    def _length_inputs(self) -> dict[str, int]:
+        """Inputs that say a length and whose values nobody reads -> bytes, at 8 per element."""
+        sizes: dict[str, int] = {}
+        for engine in self._sidecar.plan.engines:
+            for profile in engine.profiles:
+                for name, shape in profile.shapes.items():
+                    sizes[name] = max(sizes.get(name, 0), 8 * int(np.prod(shape)))
+        return sizes
+
+    def _fill_length_inputs(self) -> None:
+        for name, size in self._length_inputs().items():
+            zeros = np.zeros(size, np.uint8)
+            self._cuda.upload(self._buffers.addresses[name], zeros, self._stream)
+        self._cuda.synchronize(self._stream)
+
+    def _check_tensors(self, path: Path, engine: Any) -> None:
+        """Raise ArtifactError unless the engine's inputs and outputs are the artifact's."""
+        wanted = {
+            spec["name"]: as_graph_type(spec["dtype"])
+            for spec in (*self._manifest.inputs, *self._manifest.outputs)
+        }
+        lengths = self._length_inputs()
+        for number in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(number)
+            if name in lengths:
+                continue
+            found = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
+            if wanted.get(name) != found:
+                raise ArtifactError(
+                    f"{path} has a tensor {name} of type {found}, the artifact "
+                    f"{wanted.get(name, 'has no such tensor')}. {rebuild(self._artifact)}",
+                    code="DCR-A012",
+                )
+
+    def _check_memory(self) -> None:
+        """Raise ResourceError if the plans alone are larger than what is free."""
+        sizes = [file.bytes for file in self._sidecar.files.values()]
+        needed = max(sizes) if self._swap else sum(sizes)
+        free = self._cuda.free_bytes()
+        if needed > free:
+            advice = (
+                "Free memory on the device."
+                if self._swap
+                else "Load with swap=True, which keeps one engine at a time, or free memory."
+            )
+            raise ResourceError(
+                f"the engines need more than {needed / 1e6:.0f} MB of the device's memory, "
+                f"{free / 1e6:.0f} MB are free. {advice}",
+                code="DCR-R003",
+            )
+
+
+def as_graph_type(dtype: str) -> str:
+    """The type that a graph has for a tensor of the manifest: complex ones are real pairs."""
+    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)

@@ -1,0 +1,157 @@
+"""All engines of an artifact: one process each, resumable, described by a sidecar."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+
+from diffcr_compile.engine_plan import EnginePlan, plan_engines
+from diffcr_compile.errors import ArtifactError
+from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
+from diffcr_compile.export.device.processes import build_in_process
+from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.manifest import PARTIAL_SUFFIX, Manifest, sha256_file, verify_artifact
+from diffcr_compile.runtime.device import Device
+from diffcr_compile.runtime.engine_files import (
+    ENGINES,
+    PlanFile,
+    Sidecar,
+    made_from,
+    plan_file,
+    read_plan_file,
+    write_sidecar,
+)
+
+# (what is done, steps done, steps)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build left.
+
+    Attributes:
+        folder: of the engines.
+        sidecar: of them.
+        kept: names of engines that an earlier build had finished.
+    """
+
+    folder: Path
+    sidecar: Sidecar
+    kept: tuple[str, ...]
+
+
+def build_engines(
+    artifact: Path,
+    manifest: Manifest,
+    plan: EnginePlan,
+    device: Device,
+    settings: BuildSettings,
+    progress: Progress | None = None,
+) -> Built:
+    """Build the engines of a plan that are not there yet, one process each, and write their sidecar.
+
+    Killed or interrupted, the same call goes on at the engine that it was in.
+
+    Args:
+        artifact: the artifact's folder.
+        manifest: of it.
+        plan: which engines.
+        device: that they are built on, or for.
+        settings: how.
+        progress: called with (engine and phase, steps done, steps).
+
+    Raises:
+        ArtifactError: a graph or the weights are not those of the manifest.
+        ResourceError: a build was killed.
+        UnsupportedModelError: TensorRT refuses a graph.
+    """
+    verify_artifact(artifact, manifest, only=("onnx",))
+    folder = artifact / ENGINES / device.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        leftover.unlink()
+    origin = made_from(manifest)
+    files: dict[str, PlanFile] = {}
+    kept = []
+    for spec in plan.engines:
+        key = job_key(
+            origin,
+            spec.onnx,
+            [dict(p.shapes) for p in spec.profiles],
+            dataclasses.asdict(device),
+            dataclasses.asdict(settings),
+        )
+        job = BuildJob(
+            spec, artifact.resolve(), folder.resolve(), device.runtime, settings, key
+        )
+        found = job.finished()
+        if found is not None:
+            kept.append(spec.name)
+        files[spec.name] = found or build_in_process(job, _named(progress, spec.name))
+    sidecar = Sidecar(
+        device=device,
+        made_from=origin,
+        plan=plan,
+        files=files,
+        settings=dataclasses.asdict(settings),
+        ahead_of_time=settings.compute_capability is not None,
+        created=_now(),
+    )
+    write_sidecar(folder, sidecar)
+    return Built(folder, sidecar, tuple(kept))
+
+
+def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built | None:
+    """Move what ``build_on_device.sh`` built to the folder of this device, with a sidecar; not yet checked.
+
+    Returns:
+        None if it built nothing.
+
+    Raises:
+        ArtifactError: engines are missing or damaged.
+    """
+    source = artifact / UNCHECKED
+    if not (source / "mode").is_file():
+        return None
+    mode = (source / "mode").read_text(encoding="utf-8").strip()
+    plan = plan_engines(manifest, mode)  # type: ignore[arg-type]  # it refuses other words
+    names = [plan_file(spec.name) for spec in plan.engines]
+    for name in names:
+        _check_sum(source / name)
+    folder = artifact / ENGINES / device.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (source / name).replace(folder / name)
+    files = {spec.name: read_plan_file(folder / plan_file(spec.name)) for spec in plan.engines}
+    settings = {"built_by": "trtexec"}
+    sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
+    write_sidecar(folder, sidecar)
+    (source / "mode").unlink()
+    return Built(folder, sidecar, ())
+
+
+def _check_sum(plan: Path) -> None:
+    """Raise ArtifactError unless a plan is the one that the script finished."""
+    recorded = plan.with_name(plan.name + ".sha256")
+    if plan.is_file() and recorded.is_file():
+        wanted = recorded.read_text(encoding="utf-8").split()[:1]
+        if wanted == [sha256_file(plan)]:
+            return
+    raise ArtifactError(
+        f"{plan} is missing or is not the file that build_on_device.sh finished. Run that again; "
+        "finished engines are kept.",
+        code="DCR-A011",
+    )
+
+
+def _named(progress: Progress | None, engine: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda phase, done, steps: progress(f"{engine}: {phase}", done, steps)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,59 @@
+"""The same build in NVIDIA's own tool: lines that need neither this package nor Python."""
+
+from __future__ import annotations
+
+import shlex
+
+from diffcr_compile.engine_plan import EnginePlan, EngineSpec
+from diffcr_compile.export.device.job import BuildSettings
+from diffcr_compile.runtime.engine_files import plan_file
+
+# Where trtexec writes; ``check`` moves what passes to the folder of the device.
+UNCHECKED = "engines/unchecked"
+
+
+def trtexec_arguments(spec: EngineSpec, settings: BuildSettings, plan: str) -> list[str]:
+    """Arguments of trtexec that build one engine, but for --stronglyTyped, which TensorRT 11 lacks.
+
+    Args:
+        spec: the engine.
+        settings: how.
+        plan: where it goes, relative to the artifact.
+    """
+    arguments = [
+        f"--onnx={spec.onnx}",
+        f"--saveEngine={plan}",
+        f"--timingCacheFile={UNCHECKED}/timing.cache",
+        "--noTF32",
+        "--skipInference",
+    ]
+    if settings.workspace_mb is not None:
+        arguments.append(f"--memPoolSize=workspace:{settings.workspace_mb}")
+    for number, profile in enumerate(spec.profiles):
+        if not profile.shapes:
+            continue
+        shapes = ",".join(
+            f"{name}:{'x'.join(map(str, shape))}" for name, shape in profile.shapes.items()
+        )
+        arguments.append(f"--profile={number}")
+        arguments += [f"--{bound}Shapes={shapes}" for bound in ("min", "opt", "max")]
+    return arguments
+
+
+def trtexec_lines(plan: EnginePlan, settings: BuildSettings) -> list[str]:
+    """One line per engine, to be run in the artifact's folder."""
+    return [
+        shlex.join(
+            [
+                "trtexec",
+                *trtexec_arguments(spec, settings, unchecked_plan(spec)),
+                "--stronglyTyped",
+            ]
+        )
+        for spec in plan.engines
+    ]
+
+
+def unchecked_plan(spec: EngineSpec) -> str:
+    """Where trtexec writes an engine, relative to the artifact."""
+    return f"{UNCHECKED}/{plan_file(spec.name)}"

@@ -1,0 +1,1 @@
+"""Stands in for cuda-python where there is no GPU."""

@@ -1,0 +1,463 @@
+"""Engines on a device: built, checked, refused, run; against a TensorRT and a CUDA that compute in numpy.
+
+What the stand-ins demand is in tests/fakes. No GPU is needed, and nothing here says that real ones agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, plan_engines
+from diffcr_compile.errors import (
+    AccuracyError,
+    ArtifactError,
+    EnvironmentMissingError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+)
+from diffcr_compile.export.device.builder import Built, build_engines
+from diffcr_compile.export.device.check import check_engines
+from diffcr_compile.export.device.job import BuildSettings
+from diffcr_compile.manifest import read_manifest
+from diffcr_compile.runtime import Runner, load
+from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
+from diffcr_compile.runtime.open_engines import open_device
+from tests import device_artifact as small
+
+FAKES = Path(__file__).parent / "fakes"
+MIDDLES = [(a + b) / 2 for a, b in zip(small.EDGES, small.EDGES[1:], strict=False)]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An Orin with TensorRT 10.3, here and in the processes that build; the state of its CUDA."""
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    _forget()
+    from cuda.bindings import runtime as cudart
+
+    yield cudart
+    _forget()
+
+
+def _forget() -> None:
+    for name in [n for n in sys.modules if n in ("tensorrt", "cuda") or n.startswith("cuda.")]:
+        del sys.modules[name]
+
+
+def build(
+    folder: Path, mode: EngineMode = "per_bucket", check: bool = True, **kw: Any
+) -> Built:
+    manifest = read_manifest(folder)
+    here = open_device()[2]
+    plan = plan_engines(manifest, mode)
+    built = build_engines(folder, manifest, plan, here, BuildSettings(**kw))
+    if check:
+        check_engines(folder, manifest, built.folder, "tensorrt", 1e-4)
+    return built
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write(tmp_path_factory.mktemp("artifact") / "out")
+
+
+@pytest.fixture
+def out(plain: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def engines(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[EngineMode, Path]:
+    """The artifact with checked engines, in each mode, to be copied."""
+    made: dict[EngineMode, Path] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAKES))
+        patch.setenv("PYTHONPATH", str(FAKES))
+        _forget()
+        for mode in ENGINE_MODES:
+            made[mode] = Path(shutil.copytree(plain, tmp_path_factory.mktemp(mode) / "out"))
+            build(made[mode], mode)
+    _forget()
+    return made
+
+
+@pytest.fixture
+def built(engines: dict[EngineMode, Path], tmp_path: Path, device: ModuleType) -> Path:
+    return Path(shutil.copytree(engines["per_bucket"], tmp_path / "built"))
+
+
+def folder_of(artifact: Path) -> Path:
+    (sidecar,) = artifact.glob(f"engines/*/{SIDECAR}")
+    return sidecar.parent
+
+
+# --------------------------------------------------------------------------------------- running
+
+
+@pytest.mark.parametrize("mode", ["per_bucket", "profiles"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_both_modes_compute_what_numpy_does_in_every_bucket_and_every_order(
+    engines: dict[EngineMode, Path], device: Any, mode: EngineMode, swap: bool
+) -> None:
+    runner = load(engines[mode], backend="tensorrt", swap=swap)
+    for seed, bucket in enumerate([0, 1, 1, 1, 3, 2, 0, 0, 2, 1, 3, 3]):
+        inputs = small.call(MIDDLES[bucket], seed)
+        np.testing.assert_allclose(runner(**inputs), small.expected(inputs, bucket), atol=1e-5)
+    runner.close()
+    assert device.state.allocations == {}
+    assert device.state.streams == set()
+    assert device.state.graphs == {}
+    with pytest.raises(ResourceError, match="closed"):
+        runner(**small.call(100.0))
+
+
+def test_the_work_of_a_context_is_recorded_once_and_replayed(built: Path, device: Any) -> None:
+    runner = load(built, backend="tensorrt")
+    for seed in range(5):
+        inputs = small.call(100.0, seed)
+        np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
+    assert device.state.launches == 4  # all but the first run
+    assert len(device.state.graphs) == 1
+    device.reset()
+    plain = load(built, backend="tensorrt", cuda_graphs=False)
+    for seed in range(3):
+        inputs = small.call(100.0, seed)
+        np.testing.assert_allclose(plain(**inputs), small.expected(inputs, 0), atol=1e-5)
+    assert device.state.launches == 0
+
+
+def test_work_that_cuda_cannot_record_runs_without_and_says_so(
+    built: Path, device: Any
+) -> None:
+    device.state.can_capture = False
+    runner = load(built, backend="tensorrt")
+    for seed in range(3):
+        inputs = small.call(100.0, seed)
+        np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
+    assert len(runner.backend.remarks) >= 1
+    assert "without a CUDA graph" in runner.backend.remarks[0]
+
+
+def test_buckets_share_inputs_outputs_and_one_activation_buffer(
+    built: Path, device: Any
+) -> None:
+    runner = load(built, backend="tensorrt")
+    tensors = len(small.INPUTS) + 1
+    assert len(device.state.allocations) == tensors + 1
+    for middle in MIDDLES:
+        runner(**small.call(middle))
+    assert len(device.state.allocations) == tensors + 1
+
+
+def test_swap_keeps_one_engine_and_loading_all_keeps_three(built: Path, device: Any) -> None:
+    import tensorrt
+
+    runner = load(built, backend="tensorrt")
+    assert tensorrt._Engine.alive == 3
+    runner.close()
+    swapping = load(built, backend="tensorrt", swap=True)
+    assert tensorrt._Engine.alive == 0
+    for middle in MIDDLES:
+        swapping(**small.call(middle))
+        assert tensorrt._Engine.alive == 1
+
+
+def test_too_little_memory_is_said_before_a_plan_is_read(built: Path, device: Any) -> None:
+    sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
+    device.state.total = sum(sizes) - 1
+    with pytest.raises(ResourceError, match=r"need more than .* MB.*swap=True") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-R003"
+
+
+def test_an_allocation_that_fails_is_a_resource_error(built: Path, device: Any) -> None:
+    sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
+    device.state.total = sum(sizes)
+    device.state.allocations[1 << 40] = (
+        device.ctypes.c_char * (sum(sizes) - max(sizes) - 10)
+    )()
+    with pytest.raises(ResourceError, match=r"out of memory|need more than"):
+        load(built, backend="tensorrt", swap=True)
+
+
+def test_options_of_the_other_backend_are_refused(built: Path) -> None:
+    with pytest.raises(UsageError, match="ONNX Runtime's"):
+        load(built, backend="tensorrt", threads=2)
+    with pytest.raises(UsageError, match="swap"):
+        load(built, swap=True)
+    with pytest.raises(UsageError, match="backend must be one of"):
+        Runner(built, backend="tvm")  # type: ignore[arg-type]
+
+
+def test_without_a_gpu_or_its_packages_the_error_says_what_is_missing(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
+    with pytest.raises(EnvironmentMissingError, match="finds no device") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-E003"
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setitem(sys.modules, "cuda.cudart", None)
+    with pytest.raises(EnvironmentMissingError, match="pip install 'cuda-python"):
+        load(built, backend="tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EnvironmentMissingError, match="comes with JetPack") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-E002"
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def no_ok(folder: Path) -> None:
+    (folder / OK_FILE).unlink()
+
+
+def ok_of_others(folder: Path) -> None:
+    text = (folder / SIDECAR).read_text()
+    (folder / SIDECAR).write_text(text.replace('"created": "', '"created": "x'))
+
+
+def changed(folder: Path) -> None:
+    path = sorted(folder.glob("*.plan"))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncated(folder: Path) -> None:
+    path = sorted(folder.glob("*.plan"))[1]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def missing(folder: Path) -> None:
+    sorted(folder.glob("*.plan"))[2].unlink()
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / SIDECAR).read_text())
+        for key, value in changes.items():
+            if key in data["device"]:
+                data["device"][key] = value
+            else:
+                data[key] = value
+        (folder / SIDECAR).write_text(json.dumps(data))
+
+    return edit
+
+
+def no_sidecar(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def no_json(folder: Path) -> None:
+    (folder / SIDECAR).write_text("{")
+
+
+def a_path_out(folder: Path) -> None:
+    data = json.loads((folder / SIDECAR).read_text())
+    data["plan"]["engines"][0]["name"] = "../../onnx/bucket_00"
+    (folder / SIDECAR).write_text(json.dumps(data))
+
+
+REFUSALS: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("DCR-A013", r"never compared with the golden outputs", no_ok),
+    ("DCR-A013", r"never compared", ok_of_others),
+    ("DCR-A013", r"built ahead of time and never compared", edited(ahead_of_time=True)),
+    ("DCR-A011", r"was changed: its sha256", changed),
+    ("DCR-A011", r"bytes, its sidecar says .*truncated", truncated),
+    ("DCR-A011", r"is missing", missing),
+    ("DCR-A010", r"built for Orin, SM86.*this is Orin, SM87.*SM87 differs", edited(sm=86)),
+    ("DCR-A010", r"tensorrt 10\.3\.0 differs", edited(version="10.13.3")),
+    ("DCR-A012", r"made of other graphs or weights", edited(made_from="0" * 64)),
+    ("DCR-A009", r"has no engines for Orin", no_sidecar),
+    ("DCR-A011", r"cannot be read", no_json),
+    ("DCR-A011", r"cannot be read: its version", edited(sidecar_version=99)),
+    ("DCR-A011", r"cannot be read", edited(files={})),
+    ("DCR-A011", r"cannot be read", edited(plan={"mode": "profiles"})),
+    ("DCR-A011", r"cannot be read.*letters, digits", a_path_out),
+    ("DCR-A011", r"cannot be read", edited(runtime="opencl")),
+]
+
+
+@pytest.mark.parametrize(("code", "message", "damage"), REFUSALS)
+def test_engines_that_may_not_run_are_refused_with_the_command_that_builds_them_anew(
+    built: Path, code: str, message: str, damage: Callable[[Path], None]
+) -> None:
+    damage(folder_of(built))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(built, backend="tensorrt")
+    assert (caught.value.code, caught.value.exit_code) == (code, 7)
+    assert "diffcr build" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("FAKE_CUDA_SM", "110"), ("FAKE_TRT_VERSION", "10.13.3")]
+)
+def test_on_another_device_the_engines_that_are_there_are_named(
+    built: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    _forget()
+    with pytest.raises(ArtifactError, match=r"only those in orin_sm87_trt10\.3\.0") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-A010"
+
+
+def test_engines_of_another_artifact_are_refused(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "KEPT", (5, 8, 6, 8))
+    other = small.write(tmp_path / "other")
+    shutil.copytree(built / "engines", other / "engines")
+    with pytest.raises(ArtifactError, match="other graphs or weights") as caught:
+        load(other, backend="tensorrt")
+    assert caught.value.code == "DCR-A012"
+
+
+def test_a_changed_plan_loads_only_where_one_asked_not_to_look(built: Path) -> None:
+    folder = folder_of(built)
+    path = sorted(folder.glob("*.plan"))[0]
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"tf32": false', b'"tf32":  true'))
+    with pytest.raises(ArtifactError, match="was changed"):
+        load(built, backend="tensorrt")
+    load(built, backend="tensorrt", verify=False)
+
+
+# --------------------------------------------------------------------------------------- building
+
+
+def test_a_build_is_strongly_typed_without_tf32_and_pins_each_profile(
+    out: Path, device: Any
+) -> None:
+    import tensorrt
+
+    built = build(out, "profiles", check=False, workspace_mb=64)
+    facts = tensorrt.facts_of((built.folder / "profiles_00.plan").read_bytes())
+    assert facts["strongly_typed"]
+    assert not facts["tf32"]
+    assert facts["workspace"] == 64 << 20
+    assert facts["profiles"] == [{"kept_a": [4]}, {"kept_a": [8]}, {"kept_a": [6]}]
+    assert facts["extra_memory"] == [1.0, 0.0, 0.0]
+    assert built.folder.name == "orin_sm87_trt10.3.0"
+
+
+def test_tensorrt_11_has_no_flag_for_strong_typing(
+    out: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_VERSION", "11.4.1")
+    _forget()
+    built = build(out, "profiles")
+    assert built.folder.name == "orin_sm87_trt11.4.1"
+    assert load(out, backend="tensorrt")(**small.call(100.0)).shape == (2, 16, 8)
+
+
+def test_later_engines_use_what_earlier_ones_measured(built: Path) -> None:
+    import tensorrt
+
+    plans = sorted(folder_of(built).glob("*.plan"))
+    assert [tensorrt.facts_of(p.read_bytes())["timing"] for p in plans] == [0, 1, 2]
+
+
+def test_a_killed_build_goes_on_at_the_engine_it_was_in(
+    out: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_KILL", "bucket_01.onnx")
+    with pytest.raises(
+        ResourceError, match=r"bucket_01 was killed.*swap.*goes on at"
+    ) as caught:
+        build(out)
+    assert (caught.value.code, caught.value.exit_code) == ("DCR-R002", 5)
+    (folder,) = (out / "engines").iterdir()
+    assert [p.name for p in folder.glob("*.plan")] == ["bucket_00.plan"]
+    first = (folder / "bucket_00.plan").stat().st_mtime_ns
+    with pytest.raises(ArtifactError, match="has no engines"):
+        load(out, backend="tensorrt")
+    monkeypatch.delenv("FAKE_TRT_KILL")
+    assert build(out).kept == ("bucket_00",)
+    assert (folder / "bucket_00.plan").stat().st_mtime_ns == first
+    assert load(out, backend="tensorrt")(**small.call(400.0)).shape == (2, 16, 8)
+
+
+def test_a_finished_engine_is_built_again_if_it_was_changed_or_is_asked_for_otherwise(
+    engines: dict[EngineMode, Path], tmp_path: Path, device: Any
+) -> None:
+    out = Path(shutil.copytree(engines["profiles"], tmp_path / "out"))
+    assert build(out, "profiles", check=False).kept == ("profiles_00",)
+    changed(folder_of(out))
+    assert build(out, "profiles", check=False).kept == ()
+    assert build(out, "profiles", check=False, workspace_mb=32).kept == ()
+
+
+def test_a_graph_that_tensorrt_refuses_is_named_with_its_words(out: Path, device: Any) -> None:
+    import onnx
+    from onnx import helper
+
+    from diffcr_compile.export.device.tensorrt_api import build_engine
+    from diffcr_compile.runtime.device import tensorrt_module
+
+    model = small.graph(4)
+    model.graph.node.append(helper.make_node("NonZero", ["x"], ["where"]))
+    onnx.save(model, str(out / "refused.onnx"))
+    with pytest.raises(UnsupportedModelError, match=r"refused\.onnx: no importer for NonZero"):
+        build_engine(tensorrt_module(), out / "refused.onnx", [{}], BuildSettings())
+
+
+def test_progress_is_told_by_engine_and_outer_phase(out: Path, device: Any) -> None:
+    manifest, here = read_manifest(out), open_device()[2]
+    said: list[tuple[str, int, int]] = []
+    plan = plan_engines(manifest, "profiles")
+    build_engines(
+        out, manifest, plan, here, BuildSettings(), lambda *event: said.append(event)
+    )
+    assert said[0] == ("profiles_00: building", 0, 2)
+    assert said[-1] == ("profiles_00: building", 2, 2)
+    assert not any("inner" in what for what, _, _ in said)
+
+
+def test_an_engine_that_computes_something_else_stays_unusable(
+    out: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_WRONG", "bucket_02.onnx")
+    with pytest.raises(
+        AccuracyError, match=r"1 of 4 .*bucket 2: relative L2 5\.0e-01"
+    ) as caught:
+        build(out)
+    assert (caught.value.code, caught.value.exit_code) == ("DCR-Q002", 6)
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(out, backend="tensorrt")
+    assert os.listdir(folder_of(out)).count(OK_FILE) == 0
+
+
+def test_a_check_that_fails_takes_an_earlier_permission_back(built: Path) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+    load(built, backend="tensorrt").close()
+
+    class Zeros:
+        def run(self, bucket: int, arrays: Any) -> list[Any]:
+            return [np.zeros((2, 16, 8), np.float32)]
+
+    with pytest.raises(AccuracyError):
+        check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Zeros())
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(built, backend="tensorrt")
+
+
+def test_a_build_reads_no_graph_that_is_not_the_manifests(out: Path, device: Any) -> None:
+    shutil.copy(out / "onnx/bucket_01.onnx", out / "onnx/bucket_00.onnx")
+    with pytest.raises(ArtifactError, match=r"bucket_00\.onnx"):
+        build(out)

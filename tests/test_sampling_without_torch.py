@@ -19,7 +19,16 @@ import diffcr_compile as dcr
 from diffcr_compile.reference.demo import example_inputs, load_reference_dit
 
 STEPS, BATCH = 4, 2
-BLOCKED = ("torch", "onnx", "onnxscript", "diffusers", "pydantic", "safetensors", "rich", "typer")
+BLOCKED = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "diffusers",
+    "pydantic",
+    "safetensors",
+    "rich",
+    "typer",
+)
 SAMPLE = """
 import sys
 
@@ -68,7 +77,9 @@ def sampled_by_torch(
                 timestep=torch.full((BATCH,), t),
                 class_labels=torch.from_numpy(labels),
             )
-        velocity = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        velocity = (
+            output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        )
         x = x - velocity / STEPS
     return x.numpy()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffcr_compile.attachments import prepared
-from diffcr_compile.calibrate.loop import own_weights
+from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import ArtifactError, DiffCRError, UsageError, plain_text
 from diffcr_compile.export.golden import read_golden

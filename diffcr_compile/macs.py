@@ -90,7 +90,7 @@ def measure_costs(
     outer = (counter.get_total_flops() - interpreter.inside) / 2 / batch
     return CostTable(
         levels=levels,
-        macs={
+        per_level={
             name: tuple(m / 2 / batch for m in macs)
             for name, macs in interpreter.flops.items()
         },

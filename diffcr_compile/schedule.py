@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from diffcr_compile.errors import BudgetError, UsageError
 
 Floats = npt.NDArray[np.float64]
+Metric = Literal["macs", "latency"]  # what a budget is a share of
 # Share of the budget that the solver may leave unused. A cell of a small model is a few tenths of
 # a percent of the whole, so this is about one cell.
 UNUSED_SHARE = 0.004
@@ -107,39 +108,46 @@ class CostTable:
 
     Attributes:
         levels: block -> allowed kept tokens, ascending; the last is the block's num_tokens.
-        macs: block -> MACs per sample at each level, routing included.
-        routing: block -> the part of `macs` that the router takes, at each level.
-        moved_bytes: block -> bytes read and written by gathers and scatter, per sample.
-        outer: MACs per sample of everything outside the routable blocks.
+        per_level: block -> cost at each level, routing included: MACs per sample, or milliseconds.
+        routing: block -> the part of `per_level` that the router takes, at each level; MACs only.
+        moved_bytes: block -> bytes read and written by gathers and scatter, per sample; MACs only.
+        outer: cost of everything outside the routable blocks.
+        metric: what is counted.
     """
 
     levels: Mapping[str, tuple[int, ...]]
-    macs: Mapping[str, tuple[float, ...]]
+    per_level: Mapping[str, tuple[float, ...]]
     routing: Mapping[str, tuple[float, ...]]
     moved_bytes: Mapping[str, tuple[float, ...]]
     outer: float
+    metric: Metric = "macs"
+
+    @property
+    def unit(self) -> str:
+        """What the costs are, in words."""
+        return {"macs": "MACs", "latency": "latency"}[self.metric]
 
     @property
     def dense(self) -> float:
-        """MACs per sample of the dense model."""
-        return self.outer + sum(cost[-1] for cost in self.macs.values())
+        """Cost of the dense model."""
+        return self.outer + sum(cost[-1] for cost in self.per_level.values())
 
     def at(self, block: str, kept_tokens: int) -> float:
-        """MACs of a block at one of its levels."""
-        return self.macs[block][self.levels[block].index(kept_tokens)]
+        """Cost of a block at one of its levels."""
+        return self.per_level[block][self.levels[block].index(kept_tokens)]
 
     def interpolate(self, block: str, keep_ratio: float) -> tuple[float, float]:
-        """MACs at a real keep ratio, linear between levels, and their slope per keep ratio."""
-        levels, macs = self.levels[block], self.macs[block]
+        """Cost at a real keep ratio, linear between levels, and its slope per keep ratio."""
+        levels, costs = self.levels[block], self.per_level[block]
         tokens = keep_ratio * levels[-1]
         upper = min(max(bisect.bisect_left(levels, tokens), 1), len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
-        slope = (macs[upper] - macs[upper - 1]) / (high - low)
-        return macs[upper - 1] + slope * (tokens - low), slope * levels[-1]
+        slope = (costs[upper] - costs[upper - 1]) / (high - low)
+        return costs[upper - 1] + slope * (tokens - low), slope * levels[-1]
 
     def smallest_budget(self) -> float:
-        """The smallest reachable share of the dense MACs."""
-        return (self.outer + sum(min(cost) for cost in self.macs.values())) / self.dense
+        """The smallest reachable share of the dense model's cost."""
+        return (self.outer + sum(min(cost) for cost in self.per_level.values())) / self.dense
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,8 +158,8 @@ class TokenSchedule:
         kept_tokens: block name -> kept tokens per bucket; the rest bypass the block.
         num_tokens: block name -> image tokens present, before any routing.
         buckets: the timestep buckets.
-        asked: the budget that was asked for, share of the dense MACs; None if none was.
-        reached: the share of the dense MACs that this schedule costs; None if not measured.
+        asked: the budget that was asked for, share of the dense model's cost; None if none was.
+        reached: the share that this schedule costs; None if not measured.
     """
 
     kept_tokens: Mapping[str, tuple[int, ...]]
@@ -223,7 +231,7 @@ class TokenSchedule:
 
 
 def cost_of(costs: CostTable, schedule: TokenSchedule) -> float:
-    """MACs per sample of a schedule, averaged over the sampling steps."""
+    """Cost of a schedule, averaged over the sampling steps."""
     return costs.outer + sum(
         weight * costs.at(block, kept)
         for block, column in schedule.kept_tokens.items()
@@ -240,12 +248,12 @@ def check_budget(costs: CostTable, budget: float) -> None:
     """
     if not 0 < budget <= 1:
         raise UsageError(
-            f"budget must be in (0, 1] of the dense MACs (0.6 or '60%'), got {budget}"
+            f"budget must be in (0, 1] of the dense {costs.unit} (0.6 or '60%'), got {budget}"
         )
     smallest = costs.smallest_budget()
     if budget < smallest:
         raise BudgetError(
-            f"budget {budget:.1%} of the dense MACs cannot be reached: with every routable block "
+            f"budget {budget:.1%} of the dense {costs.unit} cannot be reached: with every routable block "
             f"at its smallest keep ratio the model still costs {smallest:.2%}. The smallest "
             f"reachable budget is {np.ceil(smallest * 1000) / 10:.1f}%; ask for that or more, or "
             "lower min_keep_ratio.",
@@ -263,9 +271,9 @@ def solve_schedule(
 
     Args:
         ratios: (blocks, buckets), what was learned.
-        costs: MACs per block and level.
+        costs: what each block costs at each level.
         buckets: the timestep buckets, one per column of `ratios`.
-        budget: share of the dense MACs in (0, 1].
+        budget: share of the dense model's cost in (0, 1].
 
     Raises:
         BudgetError: no schedule is as cheap as that.
@@ -274,7 +282,7 @@ def solve_schedule(
     for row, block in enumerate(ratios.blocks):
         levels = np.array(costs.levels[block], dtype=np.float64)
         away = levels[None] / levels[-1] - ratios.values[row][:, None]  # (buckets, levels)
-        penalties[block] = costs.macs[block][-1] * away**2
+        penalties[block] = costs.per_level[block][-1] * away**2
     return solve_least(penalties, costs, buckets, budget)
 
 
@@ -288,9 +296,9 @@ def solve_least(
     Args:
         penalties: block -> (buckets, levels), what each choice is worth avoiding. A bucket counts by its
             share of the sampling steps.
-        costs: MACs per block and level.
+        costs: what each block costs at each level.
         buckets: the timestep buckets.
-        budget: share of the dense MACs in (0, 1].
+        budget: share of the dense model's cost in (0, 1].
 
     Raises:
         BudgetError: no schedule is as cheap as that.
@@ -300,7 +308,7 @@ def solve_least(
     cells = [(block, column) for block in penalties for column in range(len(buckets))]
     choices = [
         (
-            np.array(costs.macs[block], dtype=np.float64) * buckets.weights[column],
+            np.array(costs.per_level[block], dtype=np.float64) * buckets.weights[column],
             penalties[block][column] * buckets.weights[column],
         )
         for block, column in cells

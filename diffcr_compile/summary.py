@@ -128,9 +128,9 @@ def macs_section(costs: CostTable, schedule: TokenSchedule, reached: float) -> d
         at = [costs.levels[block].index(k) for k in kept]
         routing = [costs.routing[block][i] for i in at]
         per_block[block] = {
-            "dense": round(costs.macs[block][-1]),
+            "dense": round(costs.per_level[block][-1]),
             "kept": [
-                round(costs.macs[block][i] - r) for i, r in zip(at, routing, strict=True)
+                round(costs.per_level[block][i] - r) for i, r in zip(at, routing, strict=True)
             ],
             "routing": [round(r) for r in routing],
             "moved_bytes": [round(costs.moved_bytes[block][i]) for i in at],

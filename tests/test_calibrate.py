@@ -491,7 +491,7 @@ def test_the_schedule_over_errors_is_the_best_of_all(states: TeacherStates) -> N
     names = list(errors)
 
     def cost(levels: tuple[int, ...]) -> float:
-        macs = sum(costs.macs[n][k] for n, k in zip(names, levels, strict=True))
+        macs = sum(costs.per_level[n][k] for n, k in zip(names, levels, strict=True))
         return (costs.outer + macs) / costs.dense
 
     errors = {n: e / np.median([x[0, 1] for x in errors.values()]) for n, e in errors.items()}

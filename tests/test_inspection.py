@@ -275,7 +275,7 @@ def test_plain_costs_are_those_of_the_settings(dit_plan: Plan) -> None:
     for name, levels in plan.costs.levels.items():
         assert levels == (8, 16, 24, 32, 64)
         expected = [dit_macs(k) + (TOKENS * WIDTH if k < TOKENS else 0) for k in levels]
-        assert list(plan.costs.macs[name]) == expected
+        assert list(plan.costs.per_level[name]) == expected
 
 
 @pytest.mark.parametrize("balance", [0.0, 3.4, 30.0])

@@ -23,7 +23,7 @@ def test_dit_blocks_cost_what_the_formula_says(cases) -> None:
     costs = measure_costs(case.captured, multiple_of=8, min_keep_ratio=0.25)
     for name in case.names:
         assert costs.levels[name] == (16, 24, 32, 40, 48, 56, 64)
-        for kept, macs in zip(costs.levels[name], costs.macs[name], strict=True):
+        for kept, macs in zip(costs.levels[name], costs.per_level[name], strict=True):
             router = tokens * width if kept < tokens else 0
             assert macs == dit_block_macs(kept, width) + router
     assert costs.dense == costs.outer + len(case.names) * dit_block_macs(tokens, width)
@@ -65,7 +65,7 @@ def test_a_skipped_block_costs_nothing(cases) -> None:
     plain = measure_costs(case.captured, 8, 0.25)
     for name in case.names:
         assert costs.levels[name] == (0, *plain.levels[name])
-        assert costs.macs[name] == (0.0, *plain.macs[name])
+        assert costs.per_level[name] == (0.0, *plain.per_level[name])
         assert costs.routing[name][0] == costs.moved_bytes[name][0] == 0.0
     assert costs.smallest_budget() == costs.outer / costs.dense
 

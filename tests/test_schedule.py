@@ -93,7 +93,7 @@ def every_schedule(
     cells = []
     for row, block in enumerate(ratios.blocks):
         for column in range(len(buckets)):
-            dense = costs.macs[block][-1] * buckets.weights[column]
+            dense = costs.per_level[block][-1] * buckets.weights[column]
             cells.append(
                 [
                     (
@@ -101,7 +101,9 @@ def every_schedule(
                         dense
                         * (level / costs.levels[block][-1] - ratios.values[row, column]) ** 2,
                     )
-                    for level, macs in zip(costs.levels[block], costs.macs[block], strict=True)
+                    for level, macs in zip(
+                        costs.levels[block], costs.per_level[block], strict=True
+                    )
                 ]
             )
     return [
@@ -112,7 +114,7 @@ def every_schedule(
 
 def penalty_of(schedule: TokenSchedule, costs: CostTable, ratios: KeepRatios) -> float:
     return sum(
-        costs.macs[block][-1]
+        costs.per_level[block][-1]
         * schedule.buckets.weights[column]
         * (
             schedule.kept_tokens[block][column] / costs.levels[block][-1]
@@ -214,7 +216,7 @@ def test_cost_tables_add_up() -> None:
 def test_interpolated_cost_is_linear_between_levels(ratio: float) -> None:
     value, slope = COSTS.interpolate("a", ratio)
     levels = np.array(COSTS.levels["a"]) / 16
-    assert value == pytest.approx(float(np.interp(ratio, levels, COSTS.macs["a"])))
+    assert value == pytest.approx(float(np.interp(ratio, levels, COSTS.per_level["a"])))
     nearby = COSTS.interpolate("a", ratio - 1e-7)[0]
     assert (value - nearby) / 1e-7 == pytest.approx(slope, rel=1e-4)
 

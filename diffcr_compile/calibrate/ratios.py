@@ -65,7 +65,7 @@ class RatioLearner:
         total = self.costs.outer
         for row, name in enumerate(self.names):
             levels = np.array(self.costs.levels[name]) / self.costs.levels[name][-1]
-            macs = np.interp(values[row], levels, np.array(self.costs.macs[name]))
+            macs = np.interp(values[row], levels, np.array(self.costs.per_level[name]))
             total += float(macs @ np.array(self.buckets.weights))
         return total / self.costs.dense
 

@@ -253,7 +253,7 @@ def _costs(seen: DryRun, config: CompileConfig) -> tuple[CostTable | None, CostT
 
     costs = CostTable(
         pick(every.levels),
-        pick(every.macs),
+        pick(every.per_level),
         pick(every.routing),
         pick(every.moved_bytes),
         every.outer,
@@ -273,7 +273,7 @@ def _dense_share(seen: DryRun, name: str) -> float | None:
 def _block_plan(
     spec: BlockSpec, seen: DryRun, costs: CostTable | None, total: float | None, balance: float
 ) -> BlockPlan:
-    macs = costs.macs[spec.name][-1] if costs else seen.macs.get(spec.name)
+    macs = costs.per_level[spec.name][-1] if costs else seen.macs.get(spec.name)
     call = seen.calls.get(spec.name)
     return BlockPlan(
         spec=spec,

@@ -40,7 +40,7 @@ def routing_overhead(
 ) -> Overhead:
     pairs = [
         (kept, macs)
-        for kept, macs in zip(costs.levels[spec.name], costs.macs[spec.name], strict=True)
+        for kept, macs in zip(costs.levels[spec.name], costs.per_level[spec.name], strict=True)
         if kept > 0
     ]
     router = float(spec.num_tokens * spec.width)

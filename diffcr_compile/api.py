@@ -278,6 +278,7 @@ def export(
     name: str = "model",
     parity_tolerance: float = 1e-4,
     target: str | Sequence[str] | None = None,
+    profiles: bool = True,
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
 
@@ -287,6 +288,7 @@ def export(
         name: of the model, for the manifest.
         parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
         target: where the graphs will run; freeze them for the same targets.
+        profiles: also write one graph for several buckets, for an engine with the weights once.
 
     Raises:
         AccuracyError: ONNX Runtime differs from a FROZEN graph by more than the tolerance.
@@ -294,7 +296,9 @@ def export(
     """
     targets = find_targets(target)
     programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
-    manifest = export_programs(programs, Path(out), name, parity_tolerance, targets=targets)
+    manifest = export_programs(
+        programs, Path(out), name, parity_tolerance, targets=targets, profiles=profiles
+    )
     return Artifact(Path(out), manifest)
 
 
@@ -382,7 +386,8 @@ def compile(
             ladder += [frozen_parity(routed, program) for program in frozen]
         manifest = exported(space, key, frozen, name, config, progress)
         dense_exported(space, fingerprint(identity, config.export.batch), dense)
-        ladder += [Parity(**row) for row in manifest.parity["buckets"]]
+        rungs = (*manifest.parity["buckets"], *manifest.parity["profiles"])
+        ladder += [Parity(**row) for row in rungs]
         compiled = Compiled(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )

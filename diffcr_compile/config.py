@@ -154,6 +154,11 @@ class ExportConfig(_Section):
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )
+    profiles: bool = Field(
+        default=True,
+        description="also one graph for several timestep buckets, for a TensorRT engine that holds the "
+        "weights once and has one optimization profile per bucket",
+    )
     target: tuple[str, ...] | None = Field(
         default=None,
         description="devices that every graph must suit, by name or YAML file (docs/targets.md): their "

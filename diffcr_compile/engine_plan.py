@@ -152,7 +152,7 @@ def plan_engines(manifest: Manifest, mode: EngineMode) -> EnginePlan:
     if not manifest.profile_graphs:
         raise UsageError(
             "this artifact has no graphs for the engine mode 'profiles'. Export it again with "
-            "'profiles' among export.engine_modes, or build with the mode 'per_bucket'."
+            "export.profiles set to true, or build with the mode 'per_bucket'."
         )
     return EnginePlan(mode, tuple(_profiled(row, manifest) for row in manifest.profile_graphs))
 

@@ -26,6 +26,7 @@ class Stage(enum.IntEnum):
     CAPTURED = 0  # one call_module node per routable block, everything else ATen
     ROUTED = 1  # a selector, gathers and a scatter around each of them; K may change
     FROZEN = 2  # K is an integer in the graph; nothing that depends on data has a size
+    OPEN = 3  # K is the length of an input where it differs between timestep buckets
 
 
 class DiTGraph(fx.GraphModule):
@@ -90,6 +91,8 @@ class Program:
         gate: how a router's score enters the forward value.
         schedule: column of the token schedule, FROZEN only.
         bucket: index of the timestep bucket, FROZEN only.
+        routed: the ROUTED program that it was frozen from, over the same weights; FROZEN only.
+        kept_inputs: input whose length is a block's K -> that block, OPEN only.
         dynamic_batch: the graph runs with other batch sizes than the example's.
         history: one line per pass that changed the program, oldest first.
         origin: the user's model as it was; None where a program was made by hand.
@@ -106,6 +109,8 @@ class Program:
     gate: Gate = "straight_through"
     schedule: TokenSchedule | None = None
     bucket: int | None = None
+    routed: Program | None = dataclasses.field(default=None, repr=False, compare=False)
+    kept_inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dynamic_batch: bool = True
     history: tuple[str, ...] = ()
     origin: Origin | None = None

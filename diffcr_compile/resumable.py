@@ -125,6 +125,7 @@ def exported(
             progress,
             find_targets(config.export.target),
             learned="model/routed.safetensors",
+            profiles=config.export.profiles,
         )
 
 

@@ -163,6 +163,14 @@ def select_tokens(
     return index.expand(logits.shape[0], -1) if shares_index else index
 
 
+def kept_length(reference: Tensor) -> int:
+    """K as the length of a 1-D tensor (K,), whose values are never read.
+
+    TensorRT then sees K in the shapes of its inputs, where an optimization profile fixes it.
+    """
+    return reference.shape[0]
+
+
 def paper_gate(logits: Tensor, index: Tensor | None) -> Tensor:
     """sigmoid(logit) - 1 of the kept tokens: (B, N), (B, K) -> (B, K)."""
     kept = logits if index is None else logits.gather(1, index)

@@ -166,6 +166,7 @@ def export_programs(
     targets: Sequence[Target] = (),
     learned: str | None = None,
     guidance: Mapping[str, Any] | None = None,
+    profiles: bool = True,
 ) -> Manifest:
     first = programs[0]
     schedule = first.schedule
@@ -184,6 +185,7 @@ def export_programs(
         parity_tolerance=tolerance,
         targets=targets,
         describe=lambda folder: write_recipe_files(folder, programs, learned, guidance),
+        profiles=profiles,
         progress=(lambda done, count: progress("export", done, count, {}))
         if progress
         else None,

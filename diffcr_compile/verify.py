@@ -29,6 +29,9 @@ def verify(program: Program) -> None:
     if program.stage == Stage.FROZEN:
         check_static(program)
         check_scatters(program, shapes)
+    if program.stage == Stage.OPEN:
+        check_open(program)
+        check_scatters(program, shapes)
 
 
 def infer_shapes(program: Program) -> dict[str, tuple[int, ...]]:
@@ -75,7 +78,7 @@ def check_blocks(program: Program) -> None:
         calls = len(program.graph.find_nodes(op="call_module", target=spec.name))
         # BlendTwoBins calls each block at two bins while ratios are learned.
         most = 2 if program.stage == Stage.ROUTED else 1
-        if calls > most or (calls == 0 and program.stage != Stage.FROZEN):
+        if calls > most or (calls == 0 and program.stage < Stage.FROZEN):
             raise VerificationError(
                 f"{spec.name} is called {calls} times in a {program.stage.name} graph"
             )
@@ -125,8 +128,33 @@ def check_static(program: Program) -> None:
             raise VerificationError(
                 f"{node.name}: K is {kept}, the schedule says {expected or 'no such block'}"
             )
+    _check_no_selector(program)
+
+
+def check_open(program: Program) -> None:
+    """Every K is an integer or the length of the input of its own block, and each input is one."""
+    blocks = {router_name(spec.name): spec.name for spec in program.blocks}
+    read: dict[str, str] = {}
+    for node in program.graph.find_nodes(op="call_function", target=routing.select_tokens):
+        logits, kept = node.args[:2]
+        if isinstance(kept, int):
+            continue
+        source = kept.args[0] if kept.target is routing.kept_length else None
+        if not isinstance(source, fx.Node) or source.op != "placeholder":
+            raise VerificationError(
+                f"{node.name}: K is {kept}, expected the length of an input"
+            )
+        read[source.name] = blocks.get(str(logits.target), "")
+    if read != dict(program.kept_inputs):
+        raise VerificationError(
+            f"the lengths of {read} are read as K of blocks, expected {dict(program.kept_inputs)}"
+        )
+    _check_no_selector(program)
+
+
+def _check_no_selector(program: Program) -> None:
     left = [n for n, m in program.module.named_modules() if isinstance(m, TokenSelector)]
     if left:
         raise VerificationError(
-            f"a FROZEN graph still has selectors whose K may change: {left}"
+            f"a {program.stage.name} graph still has selectors whose K may change: {left}"
         )

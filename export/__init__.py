@@ -6,6 +6,7 @@ Import it as ``diffcr_compile.export``. One room per step:
 * ``onnx_model``  program -> ``onnx.ModelProto``, opset 20, standard ops, static shapes
 * ``weights``     one ``weights.bin`` under all graphs, each content once
 * ``golden``      inputs and outputs per timestep bucket
+* ``profiles_graph``  one graph for several buckets, with K as the length of an input
 * ``parity``      two executions, in numbers
 * ``artifact``    all of it, into a folder with a manifest
 """

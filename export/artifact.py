@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +14,6 @@ import onnx
 import torch
 from torch import Tensor
 
-from diffcr_compile.blocks import leaves
 from diffcr_compile.errors import (
     AccuracyError,
     ResourceError,
@@ -25,15 +21,28 @@ from diffcr_compile.errors import (
     UsageError,
     one_line,
 )
-from diffcr_compile.export.golden import golden_path, output_names, read_golden, write_golden
+from diffcr_compile.export.golden import golden_path, read_golden, write_golden
 from diffcr_compile.export.lint import lint_file, refuse
+from diffcr_compile.export.manifest_rows import (
+    bucket_rows,
+    constant_rows,
+    output_specs,
+    parity_section,
+    schedule_of,
+    tensor_specs,
+    versions,
+)
 from diffcr_compile.export.onnx_model import (
-    OPSET,
     evaluating,
     export_graph,
     onnx_from_program,
 )
 from diffcr_compile.export.parity import Parity, compare, run_onnx
+from diffcr_compile.export.profiles_graph import (
+    check_profiles_graph,
+    tensorrt_topk,
+    write_profiles_graphs,
+)
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_shared_weights
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
@@ -46,15 +55,12 @@ from diffcr_compile.manifest import (
 )
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import Program, Stage, run_flat
-from diffcr_compile.runtime.constants import constant_to_json
-from diffcr_compile.schedule import TimestepBuckets
 
 InputsFor = Callable[[int], Mapping[str, Tensor]]
 Progress = Callable[[int, int], None]
 # A protobuf message cannot be larger.
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 _STAGING = f".export{PARTIAL_SUFFIX}"
-_PACKAGES = ("diffcr-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 def export_artifact(
@@ -70,6 +76,7 @@ def export_artifact(
     progress: Progress | None = None,
     targets: Sequence[Target] = (),
     describe: Callable[[Path], None] | None = None,
+    profiles: bool = True,
 ) -> Manifest:
     """Write onnx/, golden/, model/schedule.json, model/node_map.json and, last, manifest.json.
 
@@ -89,6 +96,7 @@ def export_artifact(
         progress: called with (buckets done, buckets).
         targets: devices that must take every graph.
         describe: writes more files into the model/ of the folder that it is given.
+        profiles: also write the graphs of several buckets, for engines with optimization profiles.
 
     Raises:
         UsageError: the programs are not the buckets of one schedule, or an input is unknown.
@@ -100,45 +108,39 @@ def export_artifact(
     _check_programs(frozen, timestep_input, sample_input)
     inputs_for = inputs_for or _middle_inputs(frozen[0], timestep_input)
     with _staging(folder) as staging:
-        graphs = _write_graphs(frozen, staging, inputs_for, progress)
-        _suit(staging, graphs, targets, tuple(b.name for b in frozen[0].blocks))
+        topk = tensorrt_topk(targets) if profiles else None
+        graphs, shared = _write_graphs(frozen, staging, inputs_for, progress, profiles, topk)
+        every = [*graphs, *(row["onnx"] for row in shared)]
+        _suit(staging, every, targets, tuple(b.name for b in frozen[0].blocks))
         rows = [
             _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
             for bucket in range(len(frozen))
         ]
         if describe is not None:
             describe(staging)
+        shared_rows = _check_shared(staging, shared, frozen[0], parity_tolerance)
         _publish(staging, folder)
     manifest = Manifest(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=dict(model_info),
-        versions=_versions(),
-        inputs=_specs(frozen[0].example),
-        outputs=_output_specs(folder),
+        versions=versions(),
+        inputs=tensor_specs(frozen[0].example),
+        outputs=output_specs(folder),
         timestep_input=timestep_input,
         sample_input=sample_input,
-        buckets=_bucket_rows(frozen[0], graphs),
+        buckets=bucket_rows(frozen[0], graphs),
         weights=f"onnx/{WEIGHTS_FILE}",
-        schedule=_schedule(frozen[0])["kept_tokens"],
-        num_tokens=_schedule(frozen[0])["num_tokens"],
+        schedule=schedule_of(frozen[0])["kept_tokens"],
+        num_tokens=schedule_of(frozen[0])["num_tokens"],
         budget=dict(budget),
-        parity=_parity_section(rows, parity_tolerance),
+        parity=parity_section(rows, shared_rows, parity_tolerance),
         files=hash_files(folder),
         stages={"freeze": "done", "export": "done", "validate": "done"},
-        constants=_constants(frozen[0]),
+        constants=constant_rows(frozen[0]),
+        profile_graphs=shared,
     )
     write_manifest(folder, manifest)
     return manifest
-
-
-def _constants(program: Program) -> dict[str, Any]:
-    """Arguments that the capture fixed, named like inputs."""
-    found = {}
-    for start, tree in program.signature.constants:
-        for path, value in leaves(tree, start):
-            known = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-            found["_".join(map(str, path))] = constant_to_json(known)
-    return found
 
 
 def export_dense(captured: Program, path: Path) -> None:
@@ -202,30 +204,36 @@ def _write_graphs(
     staging: Path,
     inputs_for: InputsFor,
     progress: Progress | None,
-) -> list[str]:
-    """Write graphs, weights, golden files and maps; the graph's path of each bucket."""
+    profiles: bool,
+    max_topk: int | None,
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write graphs, weights, golden files and maps; each bucket's path, and the graphs of several."""
     paths: list[str] = []
     written: dict[tuple[int, ...], str] = {}  # buckets with equal columns share one graph
     nodes: dict[str, dict[str, str]] = {}
     with WeightsWriter(staging / "onnx" / WEIGHTS_FILE) as writer:
+
+        def write(program: Program, path: str) -> None:
+            model, nodes[path] = export_graph(program)
+            writer.externalize(model)
+            atomic_write_bytes(staging / path, model.SerializeToString(deterministic=True))
+
         for bucket, program in enumerate(frozen):
             column = tuple(
-                _schedule(program)["kept_tokens"][b.name][bucket] for b in program.blocks
+                schedule_of(program)["kept_tokens"][b.name][bucket] for b in program.blocks
             )
             if column not in written:
                 path = f"onnx/bucket_{bucket:02d}.onnx"
-                model, nodes[path] = export_graph(program)
-                writer.externalize(model)
-                data = model.SerializeToString(deterministic=True)
-                atomic_write_bytes(staging / path, data)
+                write(program, path)
                 written[column] = path
             paths.append(written[column])
             _write_golden(program, staging, bucket, inputs_for(bucket))
             if progress is not None:
                 progress(bucket + 1, len(frozen))
-    write_json_atomic(staging / "model/schedule.json", _schedule(frozen[0]))
+        shared = write_profiles_graphs(frozen, paths, max_topk, write) if profiles else []
+    write_json_atomic(staging / "model/schedule.json", schedule_of(frozen[0]))
     write_json_atomic(staging / "model/node_map.json", nodes)
-    return paths
+    return paths, shared
 
 
 def _write_golden(
@@ -279,6 +287,18 @@ def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> P
     return row
 
 
+def _check_shared(
+    staging: Path, shared: Sequence[dict[str, Any]], program: Program, tolerance: float
+) -> list[Parity]:
+    """The graphs of several buckets against what FROZEN gave in each."""
+    assert program.schedule is not None
+    rows = []
+    for row in shared:
+        _check_valid(staging / row["onnx"])
+        rows += check_profiles_graph(staging, row, program.schedule, tolerance)
+    return rows
+
+
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder inside `folder` for unfinished work; it is gone afterwards."""
@@ -305,56 +325,3 @@ def _publish(staging: Path, folder: Path) -> None:
     (folder / "model").mkdir(exist_ok=True)
     for path in (staging / "model").iterdir():
         path.replace(folder / "model" / path.name)
-
-
-def _bucket_rows(program: Program, graphs: Sequence[str]) -> list[dict[str, Any]]:
-    assert program.schedule is not None
-    buckets: TimestepBuckets = program.schedule.buckets
-    return [
-        {
-            "index": index,
-            "low": low,
-            "high": high,
-            "weight": buckets.weights[index],
-            "onnx": graphs[index],
-            "golden": golden_path(index),
-        }
-        for index, (low, high) in enumerate(buckets.ranges())
-    ]
-
-
-def _schedule(program: Program) -> dict[str, Any]:
-    assert program.schedule is not None
-    return program.schedule.to_json()
-
-
-def _specs(example: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-        for name, t in example.items()
-    ]
-
-
-def _output_specs(folder: Path) -> list[dict[str, Any]]:
-    outputs = read_golden(folder / golden_path(0))[1]
-    return [
-        {"name": name, "dtype": str(array.dtype), "shape": list(array.shape)}
-        for name, array in zip(output_names(len(outputs)), outputs, strict=True)
-    ]
-
-
-def _parity_section(rows: Sequence[Parity], tolerance: float) -> dict[str, Any]:
-    return {
-        "tolerance": tolerance,
-        "max_abs": max(row.max_abs for row in rows),
-        "rel_l2": max(row.rel_l2 for row in rows),
-        "buckets": [dataclasses.asdict(row) for row in rows],
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "opset": str(OPSET)}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

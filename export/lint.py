@@ -88,7 +88,8 @@ def lint(path: Path, targets: Sequence[Target]) -> list[Finding]:
     manifest = read_manifest(path)
     origins = _node_maps(path)
     findings = []
-    for graph in dict.fromkeys(bucket["onnx"] for bucket in manifest.buckets):
+    rows = (*manifest.buckets, *manifest.profile_graphs)
+    for graph in dict.fromkeys(row["onnx"] for row in rows):
         found = lint_file(path / graph, targets, origins.get(graph), tuple(manifest.schedule))
         findings += [dataclasses.replace(finding, file=graph) for finding in found]
     return findings

@@ -1,4 +1,4 @@
-"""Program -> onnx.ModelProto with static shapes, standard ops only, and nothing superfluous."""
+"""Program -> onnx.ModelProto: standard ops only, static shapes but for an open K, nothing superfluous."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
+from torch.export import Dim
 
 from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.logical_where import say_where_in_logic
@@ -44,7 +46,7 @@ class FlatCall(nn.Module):
 
 
 def onnx_from_program(program: Program) -> ModelProto:
-    """The ONNX graph of a program at the sizes of its example inputs.
+    """The ONNX graph of a program at the sizes of its example inputs; of an OPEN one, with K open.
 
     Inputs are named like the program's, outputs ``output`` or ``output_0``, ``output_1``, ...
     Nodes, values and constants get short names; parameters keep their qualified names where ONNX
@@ -143,7 +145,12 @@ def _torch_export(program: Program) -> ModelProto:
     flat = FlatCall(program)
     try:
         with evaluating(flat), _quiet():
-            exported = torch.export.export(flat, tuple(program.example.values()), strict=False)
+            exported = torch.export.export(
+                flat,
+                tuple(program.example.values()),
+                dynamic_shapes=_open_lengths(program),
+                strict=False,
+            )
             made = torch.onnx.export(
                 lower_for_onnx(exported),
                 dynamo=True,
@@ -159,6 +166,20 @@ def _torch_export(program: Program) -> ModelProto:
     assert made is not None
     model: ModelProto = made.model_proto
     return model
+
+
+def _open_lengths(program: Program) -> tuple[Any, ...] | None:
+    """The axes that stay open; None if all shapes are static."""
+    if not program.kept_inputs:
+        return None
+    return (
+        tuple(
+            {0: Dim(name, min=1, max=program.block(program.kept_inputs[name]).num_tokens)}
+            if name in program.kept_inputs
+            else {}
+            for name in program.example
+        ),
+    )
 
 
 def _root_cause(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffcr_compile.errors import AccuracyError
+from diffcr_compile.export.golden import golden_path, read_golden
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
@@ -90,6 +91,34 @@ def run_onnx(
         None, {name: as_graph_input(array) for name, array in inputs.items()}
     )
     return outputs
+
+
+def compare_open_graph(
+    folder: Path,
+    row: Mapping[str, Any],
+    kept_tokens: Mapping[str, Sequence[int]],
+    step: str,
+    tolerance: float,
+) -> Iterator[Parity]:
+    """ONNX Runtime against the golden outputs for every bucket of a graph with open K.
+
+    Args:
+        folder: the artifact.
+        row: of the manifest's ``profile_graphs``. One with no open K is the graph of its bucket, which is
+            compared anyway: for it, nothing comes.
+        kept_tokens: block -> K per bucket.
+        step: which two executions, for the reader.
+        tolerance: allowed `max_abs`.
+    """
+    if not row["kept_inputs"]:
+        return
+    session = make_session(folder / row["onnx"])
+    for bucket in row["buckets"]:
+        inputs, expected = read_golden(folder / golden_path(bucket))
+        given = {name: as_graph_input(array) for name, array in inputs.items()}
+        for name, block in row["kept_inputs"].items():
+            given[name] = np.zeros(kept_tokens[block][bucket], np.float32)
+        yield compare(step, session.run(None, given), expected, tolerance, bucket)
 
 
 def _float64(value: Any) -> npt.NDArray[np.float64]:

@@ -90,7 +90,12 @@ class FreezeKeptTokens(Pass):
             _freeze(graph, selection, spec, kept, limit, program.gate)
         erase_unused(graph)
         frozen = program.with_graph(
-            graph, routers, stage=Stage.FROZEN, schedule=self.schedule, bucket=self.bucket
+            graph,
+            routers,
+            stage=Stage.FROZEN,
+            schedule=self.schedule,
+            bucket=self.bucket,
+            routed=program,
         )
         return PassResult(frozen, len(program.blocks))
 

@@ -103,7 +103,7 @@ def test_graphs_of_several_structures_give_one_engine_each() -> None:
 
 
 def test_without_profiles_graphs_the_mode_is_refused_with_the_setting() -> None:
-    with pytest.raises(UsageError, match=r"export\.engine_modes"):
+    with pytest.raises(UsageError, match=r"export\.profiles"):
         plan_engines(make_manifest(GRAPHS, []), "profiles")
     with pytest.raises(UsageError, match=r"'both' is unknown; use one of"):
         plan_engines(make_manifest(GRAPHS, []), "both")  # type: ignore[arg-type]

@@ -607,6 +607,7 @@ def test_an_artifact_holds_what_it_says(artifact: tuple[list[Program], Path]) ->
         *(f"golden/bucket_0{i}.safetensors" for i in range(3)),
         *("model/node_map.json", "model/routed.safetensors", "model/schedule.json"),
         *(f"onnx/bucket_0{i}.onnx" for i in range(3)),
+        "onnx/profiles.onnx",
         "onnx/weights.bin",
     ]
     assert {p.name for p in folder.iterdir()} == {"onnx", "golden", "model", "manifest.json"}
@@ -641,7 +642,10 @@ def test_parity_of_every_bucket_is_in_the_manifest(
     rows = [Parity(**row) for row in parity["buckets"]]
     assert [row.bucket for row in rows] == [0, 1, 2]
     assert all(row.passed and row.step == "FROZEN -> ONNX Runtime" for row in rows)
-    assert parity["max_abs"] == max(row.max_abs for row in rows) <= parity["tolerance"] == 1e-4
+    every = [*rows, *(Parity(**row) for row in parity["profiles"])]
+    assert (
+        parity["max_abs"] == max(row.max_abs for row in every) <= parity["tolerance"] == 1e-4
+    )
 
 
 def test_golden_timesteps_lie_in_the_middle_of_their_buckets(
@@ -684,7 +688,7 @@ def test_the_schedule_and_the_node_maps_are_readable(
     )
     assert schedule == programs[0].schedule
     maps = json.loads((folder / "model/node_map.json").read_text())
-    assert set(maps) == {f"onnx/bucket_0{i}.onnx" for i in range(3)}
+    assert set(maps) == {*(f"onnx/bucket_0{i}.onnx" for i in range(3)), "onnx/profiles.onnx"}
     assert "blocks.0.attention.qkv" in maps["onnx/bucket_00.onnx"].values()
 
 

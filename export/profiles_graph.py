@@ -55,8 +55,8 @@ def group_buckets(schedule: TokenSchedule, max_topk: int | None) -> tuple[Bucket
             if kept == 0 or (max_topk is not None and kept > max_topk)
         ]
         groups.setdefault(tuple(fixed), []).append(bucket)
-    keys = [set(key) for key in groups]
-    remark = _remark(set.union(*keys) - set.intersection(*keys))
+    every = {pair for key in groups for pair in key}
+    remark = _remark({pair for pair in every if not all(pair in key for key in groups)})
     found = []
     for buckets in groups.values():
         columns = {b: [k[i] for i in buckets] for b, k in schedule.kept_tokens.items()}

@@ -100,6 +100,13 @@ class CalibrationConfig(_Section):
         description="where keep ratios come from: gradients, while the budget falls; a table of "
         "measured errors, solved before the first step; or one for all (Mixture-of-Depths)",
     )
+    resolves: int = Field(
+        default=0,
+        ge=0,
+        le=8,
+        description="how often the schedule is solved again over errors measured on the model as trained "
+        "by then, the last time before the steps that settle it; not with `ratios: uniform`",
+    )
     ratios_per: Literal["block_and_bucket", "block", "bucket"] = Field(
         default="block_and_bucket",
         description="what has a keep ratio of its own: every block in every timestep bucket (the paper's "

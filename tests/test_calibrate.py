@@ -31,7 +31,7 @@ from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
 from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat
-from diffcr_compile.schedule import CostTable, TimestepBuckets, cost_of
+from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule, cost_of
 from tests import models
 from tests.conftest import keeping
 
@@ -188,6 +188,47 @@ def test_every_ratio_can_move_in_both_directions(
         moved = learner.values[:, 0] - value
         wall = value == (0.25 if direction == 1 else 1.0)
         assert np.allclose(moved, 0 if wall else -0.01 * direction, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 2**16),
+    st.floats(1e-4, 3.0),
+    st.sampled_from(["block_and_bucket", "block", "bucket"]),
+    st.booleans(),
+)
+def test_no_step_leaves_the_range_and_every_ratio_can_come_back(
+    cases, seed: int, lr: float, per: str, skip: bool
+) -> None:
+    """Any gradients, any rate, walls included: in range after the step, and free to move afterwards."""
+    case = cases("dit")
+    costs = measure_costs(case.routed, 8, 0.25, skip_blocks=skip)
+    learner = RatioLearner(case.routed, costs, BUCKETS, two_bin=False, per=per)
+    lowest = learner.lowest[:, None]
+    random = np.random.default_rng(seed)
+    at_wall = random.choice([0.0, 0.3, 1.0], learner.values.shape)
+    learner.values = np.clip(at_wall, lowest, 1.0)
+
+    def step(gradients: np.ndarray, rate: float) -> None:
+        for bucket in range(len(BUCKETS)):
+            learner.attach(bucket)
+            for blend, gradient in zip(learner._blends, gradients[:, bucket], strict=True):
+                blend.grad = torch.tensor(float(gradient))
+            learner.step(bucket, rate)
+
+    step(random.normal(0, 10.0 ** random.integers(-8, 8), learner.values.shape), lr)
+    assert np.all((learner.values >= lowest) & (learner.values <= 1))
+    learner.project(0.6)
+    assert np.all((learner.values >= lowest) & (learner.values <= 1))
+    for direction in (-1.0, 1.0):
+        before = learner.values.copy()
+        learner.momentum[:] = 0
+        step(np.full(before.shape, direction), 1e-3)
+        wall = before == (lowest if direction > 0 else 1.0)
+        assert np.all((np.sign(learner.values - before) == -direction) | wall)
+        learner.values = before
+    with keeping(case, {}):
+        pass  # the shared program keeps all tokens again
 
 
 @pytest.mark.parametrize(
@@ -467,6 +508,60 @@ def test_errors_are_what_a_model_with_fewer_tokens_makes(cases, states: TeacherS
         assert np.all(errors[name][:, 0] > 1e-6)
 
 
+def test_errors_around_a_schedule_leave_the_other_blocks_at_it(
+    cases, states: TeacherStates
+) -> None:
+    """Against frozen graphs that keep what the schedule says but for one block."""
+    case = cases("dit")
+    costs = measure_costs(case.routed, 16, 0.25)  # levels 16, 32, 48, 64
+    around = TokenSchedule(
+        dict.fromkeys(case.names, (48, 16)), dict.fromkeys(case.names, 64), BUCKETS
+    )
+    rows = [torch.arange(3), torch.arange(4, 8)]
+    with keeping(case, {}):
+        errors = measure_errors(case.routed, states, rows, costs, around)
+    for name in case.names:
+        for bucket, chosen in enumerate(rows):
+            inputs, answer = states.take(chosen, batched_inputs(case.routed))
+            for level, kept in enumerate(costs.levels[name]):
+                column = {**around.column(bucket), name: kept}
+                with torch.no_grad():
+                    found = run_flat(case.frozen(column), inputs)[0]
+                expected = float((found - answer).square().mean())
+                assert errors[name][bucket, level] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_schedule_is_solved_again_over_the_errors_of_the_trained_model(
+    states: TeacherStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 steps 6 come before the settling; two more solves fall on steps 3 and 6."""
+    asked: list[tuple[int, TokenSchedule | None]] = []
+    run: list[int] = []
+
+    def watched(program, states, chosen, costs, around=None):
+        asked.append((len(run), around))
+        return measure_errors(program, states, chosen, costs, around)
+
+    monkeypatch.setattr("diffcr_compile.calibrate.ratio_search.measure_errors", watched)
+    program = fresh()
+    config = CalibrationConfig(
+        **{**FAST, "steps": 10, "settle": 0.4, "ratios": "errors", "resolves": 2}
+    )
+    result = run_calibration(
+        program,
+        states,
+        config,
+        measure_costs(program, 8, 0.25),
+        BUCKETS,
+        0.6,
+        report=lambda record, _: run.append(int(record["step"])),
+    )
+    assert [done for done, _ in asked] == [0, 3, 6]
+    assert asked[0][1] is None
+    assert asked[1][1] is not None
+    assert 0.6 * 0.98 <= result.schedule.reached <= 0.6
+
+
 def test_large_errors_of_a_bucket_weigh_no_more_than_small_ones() -> None:
     flat = dict.fromkeys("ab", (0.0,) * 3)
     costs = CostTable(dict.fromkeys("ab", (0, 32, 64)), flat, flat, flat, outer=0.0)
@@ -516,7 +611,7 @@ def test_the_schedule_over_errors_is_the_best_of_all(states: TeacherStates) -> N
 def test_an_interrupted_run_over_errors_ends_like_an_uninterrupted_one(
     states: TeacherStates, tmp_path: Path
 ) -> None:
-    options = {"ratios": "errors"}
+    options = {"ratios": "errors", "resolves": 1}
     whole, parts = fresh(), fresh()
     expected = calibrated(whole, states, tmp_path / "whole", **options)
 

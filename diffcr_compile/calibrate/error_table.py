@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.program import Program, run_flat, selector_name
 from diffcr_compile.routing import TokenSelector
-from diffcr_compile.schedule import CostTable, Floats
+from diffcr_compile.schedule import CostTable, Floats, TokenSchedule
 
 # Where the error is measured, in keep ratio; between these it is interpolated.
 PROBES = (0.0, 0.25, 0.5, 0.75)
@@ -29,20 +29,24 @@ def measure_errors(
     states: TeacherStates,
     chosen: list[Tensor],
     costs: CostTable,
+    around: TokenSchedule | None = None,
 ) -> dict[str, Floats]:
     """Mean squared error of the output for every block, timestep bucket and level.
 
     Args:
-        program: ROUTED, all tokens kept, routers warm-started.
+        program: ROUTED, routers warm-started.
         states: where inputs and the dense model's outputs are taken from.
         chosen: per timestep bucket, the indices of the states to use.
         costs: the levels of each block.
+        around: what all other blocks keep; None for all tokens.
 
     Returns:
-        Block -> (buckets, levels); with the `straight_through` gate 0 where all tokens are kept.
+        Block -> (buckets, levels). Without `around`, and with the `straight_through` gate and untrained
+        weights, 0 where all tokens are kept.
     """
     batched = batched_inputs(program)
     inputs = [states.take(rows, batched) for rows in chosen]
+    selectors = {spec.name: _selector(program, spec.name) for spec in program.blocks}
 
     def error(bucket: int) -> float:
         batch, answer = inputs[bucket]
@@ -50,30 +54,36 @@ def measure_errors(
 
     was_training = program.module.training
     program.module.eval()
-    errors: dict[str, Floats] = {}
+    errors = {name: np.zeros((len(chosen), len(costs.levels[name]))) for name in selectors}
     try:
-        whole = [
-            error(bucket) for bucket in range(len(inputs))
-        ]  # 0, unless the gate changes values
-        for spec in program.blocks:
-            selector = program.module.get_submodule(selector_name(spec.name))
-            assert isinstance(selector, TokenSelector)
-            levels = costs.levels[spec.name]
-            probed = _probes(levels)
-            table = np.zeros((len(chosen), len(levels)))
-            for bucket in range(len(inputs)):
-                found = []
-                for kept in probed:
+        for bucket in range(len(inputs)):
+            column = {
+                name: around.kept_tokens[name][bucket] if around else selector.num_tokens
+                for name, selector in selectors.items()
+            }
+            for name, kept in column.items():
+                selectors[name].keep(kept)
+            present = error(bucket)
+            for name, selector in selectors.items():
+                levels = costs.levels[name]
+                found = {column[name]: present}
+                for kept in {*_probes(levels), levels[-1]} - {column[name]}:
                     selector.keep(kept)
-                    found.append(error(bucket))
-                table[bucket] = np.interp(
-                    levels, [*probed, levels[-1]], [*found, whole[bucket]]
-                )
-            selector.keep(spec.num_tokens)
-            errors[spec.name] = table
+                    found[kept] = error(bucket)
+                selector.keep(column[name])
+                known = sorted(found)
+                errors[name][bucket] = np.interp(levels, known, [found[k] for k in known])
     finally:
+        for selector in selectors.values():
+            selector.keep(selector.num_tokens)
         program.module.train(was_training)
     return errors
+
+
+def _selector(program: Program, block: str) -> TokenSelector:
+    selector = program.module.get_submodule(selector_name(block))
+    assert isinstance(selector, TokenSelector)
+    return selector
 
 
 def relative_errors(errors: dict[str, Floats], costs: CostTable) -> dict[str, Floats]:

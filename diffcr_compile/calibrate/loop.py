@@ -173,11 +173,18 @@ class _Run:
         )
         self.trained.forget_averages()
         if self.search.from_errors:
-            few = self._some_states(self.config.batch)
-            self.search.solve_by_errors(self.program, self.states, few)
+            self._solve_by_errors()
+
+    def _solve_by_errors(self) -> None:
+        few = self._some_states(self.config.batch)
+        self.search.solve_by_errors(self.program, self.states, few)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One update of everything that is trained; returns the step's record."""
+        if self.search.ends_learning(step):
+            self.search.solve()
+        if self.search.solves_again(step):
+            self._solve_by_errors()
         bucket = step % len(self.by_bucket)
         between = self.search.set_up(step, bucket)
         loss = self._loss(step, bucket, self.learning if between else self.program)

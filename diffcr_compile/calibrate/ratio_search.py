@@ -45,6 +45,13 @@ class RatioSearch:
         without_steps = self.config.steps == 0 and self.config.ratios == "gradient"
         return self.config.ratios == "errors" or without_steps
 
+    def solves_again(self, step: int) -> bool:
+        """Whether the schedule is to be solved anew, over measured errors, before this step."""
+        times, last = self.config.resolves, self.learn_steps
+        if self.config.ratios == "uniform" or self.schedule is None:
+            return False
+        return step > 0 and step in {round(last * (i + 1) / times) for i in range(times)}
+
     def target(self, step: int) -> float:
         """The budget of a step: it falls from 1 to what was asked, and stays there."""
         return 1 - (1 - self.budget) * self._progress(step)
@@ -55,8 +62,6 @@ class RatioSearch:
         Returns:
             Whether K lies between two levels, so that there is a gradient for the ratios.
         """
-        if step >= self.learn_steps and self.schedule is None:
-            self.solve()
         target = self.target(step)
         if self.schedule is None:
             self.learner.project(target)
@@ -75,6 +80,10 @@ class RatioSearch:
         if self.schedule is None and self.config.ratios == "gradient":
             self.learner.step(bucket, self.config.lr_ratio)
 
+    def ends_learning(self, step: int) -> bool:
+        """Whether the ratios have been learned for as long as the settings say."""
+        return step >= self.learn_steps and self.schedule is None
+
     def solve(self) -> None:
         """Make the present ratios integers, exactly under the budget."""
         self.learner.project(self.budget)
@@ -88,14 +97,19 @@ class RatioSearch:
     ) -> None:
         """Measure what fewer tokens cost in accuracy, and take the best schedule for the budget.
 
+        The first time all other blocks keep all tokens while one is measured; later they keep what
+        the present schedule says, and the model is the one trained so far.
+
         Args:
             program: ROUTED, routers warm-started.
             states: where inputs and the dense model's outputs are taken from.
             chosen: per timestep bucket, the indices of the states to use.
         """
         costs = self.learner.costs
-        relative = relative_errors(measure_errors(program, states, chosen, costs), costs)
-        self._settle(solve_least(relative, costs, self.learner.buckets, self.budget))
+        errors = measure_errors(program, states, chosen, costs, self.schedule)
+        if self.schedule is None:
+            errors = relative_errors(errors, costs)
+        self._settle(solve_least(errors, costs, self.learner.buckets, self.budget))
         self.learned = self.learner.ratios()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class TrainedParameters:
     def __init__(self, program: Program, config: CalibrationConfig) -> None:
         self.config = config
         self.parameters = trained_parameters(program, config)
-        self.optimizers = _optimizers(program, self.parameters, config)
+        routers = {id(p) for p in router_parameters(program).values()}
+        blocks = [spec.name for spec in program.blocks]
+        self.optimizers = make_optimizers(self.parameters, config, blocks, routers)
         self.averages: dict[str, Tensor] = {}
         self.forget_averages()
 
@@ -126,14 +129,23 @@ def rate_factor(step: int, steps: int) -> float:
     return warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
-def _optimizers(
-    program: Program, trained: dict[str, nn.Parameter], config: CalibrationConfig
+def make_optimizers(
+    trained: Mapping[str, nn.Parameter],
+    config: CalibrationConfig,
+    blocks: Sequence[str],
+    routers: Set[int] = frozenset(),
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the routed blocks."""
-    routers = {id(p) for p in router_parameters(program).values()}
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the routed blocks.
+
+    Args:
+        trained: by name.
+        config: which optimizer, and the learning rates.
+        blocks: names of the routed blocks.
+        routers: ids of the routers' parameters.
+    """
     matrices: dict[int, nn.Parameter] = {}
     if config.optimizer == "muon":
-        inside = tuple(f"{spec.name}." for spec in program.blocks)
+        inside = tuple(f"{block}." for block in blocks)
         matrices = {
             id(p): p
             for name, p in trained.items()

@@ -1,0 +1,34 @@
+"""One run of the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One variant under one budget with one seed; the dense ones have budget 1.
+
+    Attributes:
+        variant: see ``variants.build``.
+        budget: share of the dense MACs.
+        seed: of the training and of the noise.
+        steps: sampling steps of the dense model that the MACs are counted against.
+    """
+
+    variant: str
+    budget: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.variant.lower()).strip("-")
+        return f"{words}_{round(100 * self.budget)}_{self.steps}steps_{self.seed}"
+
+    @property
+    def dense(self) -> Job:
+        """The dense model's samples of the same noise and steps."""
+        return dataclasses.replace(self, variant="dense", budget=1.0)

@@ -1,0 +1,114 @@
+"""docs/quality.md, from the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Report = Mapping[str, Any]
+PAGE = Path(__file__).parents[2] / "docs/quality.md"
+FIRST = ("dense", "dense, fine-tuned", "ours")
+NOTES = {
+    "ours": "learned routers and keep ratios (gradients), this project's calibration",
+    "ratios from measured errors": "ours with `calibration.ratios: errors`, solved again once",
+    "uniform (Mixture-of-Depths)": "one keep ratio for all blocks and timesteps, learned routers",
+    "blocks dropped": "whole blocks left out, chosen per timestep bucket over measured errors, distilled",
+    "paper's recipe": "sigmoid gate, two bins, clamped ratios, mean-ratio loss, flow matching on images",
+    "random router": "ours with tokens chosen at random",
+    "tokens merged (2-D ToMe)": "no training",
+    "steps reuse blocks": "a step-reuse cache, no training",
+    "dense, fewer steps": "as many as the budget pays for, rounded down",
+    "dense, fine-tuned": "trained on for as many steps, flow matching on images",
+    "ours, a fifth of the steps": "of training",
+    "training-free": "ours with `calibration.steps: 0`",
+}
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    return "\n".join([*_head(report), *_tables(report), *_tail(report)]) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    scale = report["conditions"]
+    yield "# Quality at equal MACs"
+    yield ""
+    yield (
+        f"Made by `python -m benchmarks.quality` on {report['date']} "
+        "([quality.json](../benchmarks/results/quality.json)); change the script, not this page."
+    )
+    yield ""
+    yield (
+        f"Reference DiT (Fashion-MNIST, 256 tokens), {scale['samples']} samples, Euler without guidance. Figures are "
+        f"{report['metric']}, lower is better, not comparable with Inception KID or FID; in brackets the smallest and "
+        "largest over seeds, a seed being that of the training and of the noise, which all variants share. What is "
+        f"trained is trained for {scale['calibration_steps']} steps of {scale['batch']} samples with the same optimizer. "
+        f"Held-out real images score {scale['real_against_real_floor']['kid_x1000']:.2f}."
+    )
+    missing = report["missing"]
+    if missing:
+        yield ""
+        yield (
+            f"**Not complete:** {len(report['runs'])} of {len(report['runs']) + len(missing)} runs are done, the rest is listed "
+            "under `missing` in the JSON; the same command goes on where it was. Rows with one seed have no spread, and "
+            "differences of a few points between them mean little."
+        )
+
+
+def _tables(report: Report) -> Iterator[str]:
+    rows = report["summary"]
+    keys = sorted(
+        {(r["budget"], r["steps"]) for r in rows if r["budget"] < 1},
+        key=lambda k: (k[1], -k[0]),
+    )
+    for budget, steps in keys:
+        mine = [r for r in rows if r["steps"] == steps and r["budget"] in (budget, 1.0)]
+        mine.sort(key=lambda r: FIRST.index(r["variant"]) if r["variant"] in FIRST else 9)
+        yield ""
+        yield f"## {budget:.0%} of the MACs, {steps} steps"
+        yield ""
+        yield "| | KID x 1000 | PSNR to dense, dB | MACs of the loop | seeds |"
+        yield "|---|---|---|---|---|"
+        for row in sorted(mine, key=lambda r: (r["budget"] < 1, r["kid_x1000"]["mean"])):
+            yield _row(row)
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    name, kid, psnr = row["variant"], row["kid_x1000"], row["psnr_to_dense_db"]
+    spread = f" ({kid['min']:.1f} to {kid['max']:.1f})" if row["seeds"] > 1 else ""
+    note = f": {NOTES[name]}" if name in NOTES else ""
+    if row["steps_taken"] != row["steps"]:
+        note += f", {row['steps_taken']} steps"
+    label = f"**{name}**" if name == "ours" else name
+    decibels = f"{psnr['mean']:.1f}" if psnr else "–"
+    return (
+        f"| {label}{note} | {kid['mean']:.1f}{spread} | {decibels} | "
+        f"{row['macs']['mean']:.1%} | {row['seeds']} |"
+    )
+
+
+def _tail(report: Report) -> Iterator[str]:
+    knee = report["knee"]
+    by_steps = ", ".join(
+        f"{steps}: {kid:.1f}" for steps, kid in knee["dense_by_steps"].items()
+    )
+    yield ""
+    yield "## Where the dense model can leave steps out instead"
+    yield ""
+    yield f"The dense model by its number of steps: {by_steps}."
+    for steps, as_good in knee["dense_steps_as_good_as_ours"].items():
+        paid = knee["dense_steps_that_the_budget_pays_for"][steps]
+        said = (
+            f"{as_good} dense steps are as good"
+            if as_good
+            else "no measured number of dense steps is as good"
+        )
+        yield (f"Ours with {steps} steps costs as much as {paid:.1f} dense steps; {said}.")
+    yield ""
+    yield "![KID against MACs](pictures/quality_against_macs.png)"
+    for name, variants in report["sheets_top_to_bottom"].items():
+        yield ""
+        yield f"![samples](pictures/{name})"
+        yield ""
+        yield "Rows, top to bottom: " + ", ".join(variants) + "."

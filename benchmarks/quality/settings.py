@@ -1,0 +1,88 @@
+"""What is compared, under which budgets, and how it is sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from diffcr_compile.config import CompileConfig, make_config
+
+BUDGETS = (0.6, 0.42, 0.8)
+SEEDS = (0, 1, 2)
+SAMPLES = 2000
+# Sampling steps of the two regimes. Multiples of the number of timestep buckets, so that every bucket holds
+# equally many steps and a schedule costs in the loop what the solver says.
+FEW_STEPS, MANY_STEPS = 4, 12
+# Steps of the dense model alone, to find out from where on it can simply leave steps out.
+DENSE_STEPS = (2, 3, 5, 6, 8)
+
+OURS: dict[str, dict[str, Any]] = {
+    "routing": {"skip_blocks": True},
+    "calibration": {
+        "steps": 240,
+        "batch": 24,
+        "precision": "bf16",
+        "optimizer": "muon",
+        "lr_weights": 1.2e-3,
+    },
+}
+FROM_ERRORS = {"calibration": {"ratios": "errors", "resolves": 1}}
+# Blocks either keep all tokens or are left out, per timestep bucket, over measured errors.
+WHOLE_BLOCKS = {"routing": {"multiple_of": 256, "skip_blocks": True}, **FROM_ERRORS}
+ROUTED: dict[str, dict[str, dict[str, Any]]] = {
+    "ours": {},
+    "ratios from measured errors": FROM_ERRORS,
+    "uniform (Mixture-of-Depths)": {
+        "routing": {"skip_blocks": False},
+        "calibration": {"ratios": "uniform"},
+    },
+    "random router": {"routing": {"router": "random"}},
+    "blocks dropped": WHOLE_BLOCKS,
+    "ours, a fifth of the steps": {},
+    "training-free": {},
+}
+# Share of the training steps that all others have.
+STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the comparison is; ``--smoke`` makes it tiny."""
+
+    samples: int = SAMPLES
+    seeds: tuple[int, ...] = SEEDS
+    budgets: tuple[float, ...] = BUDGETS
+    few: int = FEW_STEPS
+    many: int = MANY_STEPS
+    dense_steps: tuple[int, ...] = DENSE_STEPS
+    calibration_steps: int = OURS["calibration"]["steps"]
+    # More steps than few: the dense model's states are then nearer to images. Rollouts with as few steps as the
+    # evaluation bring the samples nearer to the dense model's, which are poor with few steps, and score worse.
+    trajectories: int = 384
+    rollout_steps: int = 10
+    batch: int = OURS["calibration"]["batch"]
+
+
+SMOKE = Scale(
+    samples=20,
+    seeds=(0,),
+    budgets=(0.6,),
+    few=4,
+    many=4,
+    dense_steps=(2, 4),
+    calibration_steps=4,
+    trajectories=4,
+    rollout_steps=4,
+    batch=4,
+)
+
+
+def config(variant: str, seed: int, scale: Scale) -> CompileConfig:
+    """The settings of one of the variants in `ROUTED`."""
+    data = {
+        name: {**section, **ROUTED[variant].get(name, {})} for name, section in OURS.items()
+    }
+    steps = round(STEP_SHARES.get(variant, 1) * scale.calibration_steps)
+    data["calibration"].update(seed=seed, batch=scale.batch, steps=steps)
+    data["rollouts"] = {"trajectories": scale.trajectories, "steps": scale.rollout_steps}
+    return make_config(data)

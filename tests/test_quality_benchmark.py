@@ -1,0 +1,210 @@
+"""The baselines of ``benchmarks/quality`` against plain references: a weak baseline would flatter us."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality import merging, paper
+from benchmarks.quality.jobs import jobs
+from benchmarks.quality.reuse import StepReuse
+from benchmarks.quality.settings import SMOKE, Scale
+from benchmarks.quality.table import ahead_of, knee, summarise
+from diffcr_compile.routing import TokenRouter, TokenSelector
+
+TOKENS = merging.GRID**2
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+# ------------------------------------------------------------------------------ merged tokens
+
+
+@pytest.mark.parametrize(("left", "side"), [(200, 2), (64, 2), (40, 4), (16, 4)])
+def test_every_window_has_one_destination(left: int, side: int) -> None:
+    picks = merging.window_picks(TOKENS, left, generator())
+    across = merging.GRID // side
+    windows = {(int(p) // merging.GRID // side, int(p) % merging.GRID // side) for p in picks}
+    assert len(picks) == across**2 <= left
+    assert windows == {(row, column) for row in range(across) for column in range(across)}
+
+
+def test_merging_is_the_slow_loop() -> None:
+    """Most similar sources go, each into its nearest destination; averages, then copies back."""
+    hidden, left = torch.randn(2, TOKENS, 5), 150
+    destinations = merging.window_picks(TOKENS, left, generator()).tolist()
+    source, target = merging.matches(hidden, left, generator())
+    few = merging.merge(hidden, source, target)
+    back = merging.unmerge(few, source, target, TOKENS)
+    for sample in range(2):
+        x = hidden[sample]
+        best = {}
+        for token in sorted(set(range(TOKENS)) - set(destinations)):
+            similar = [
+                float(torch.cosine_similarity(x[token], x[d], dim=0)) for d in destinations
+            ]
+            best[token] = max(zip(similar, destinations, strict=True))
+        gone = sorted(best, key=lambda token: -best[token][0])[: TOKENS - left]
+        assert dict(zip(source[sample].tolist(), target[sample].tolist(), strict=True)) == {
+            token: best[token][1] for token in gone
+        }
+        stays = [token for token in range(TOKENS) if token not in gone]
+        for row, token in enumerate(stays):
+            group = [token, *(g for g in gone if best[g][1] == token)]
+            torch.testing.assert_close(few[sample, row], x[group].mean(0))
+            for member in group:
+                torch.testing.assert_close(back[sample, member], few[sample, row])
+
+
+def test_merging_nothing_is_the_block_itself() -> None:
+    block = nn.Linear(5, 5)
+    hidden = torch.randn(2, TOKENS, 5)
+    same = merging.merged(block.forward, TOKENS, generator())(hidden)
+    torch.testing.assert_close(same, block(hidden))
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.42])
+def test_as_many_tokens_are_left_as_the_budget_pays_for(budget: float) -> None:
+    left, share = merging.kept_for(budget)
+    assert share <= budget < share + 2 / TOKENS
+    assert 0 < left < TOKENS
+
+
+# --------------------------------------------------------------------------------- step reuse
+
+
+class Residual(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x + torch.tanh(self.scale * x + timestep[:, None] / 1000)
+
+
+class ResidualStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(Residual(0.3 * i + 0.1) for i in range(5))
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
+        for block in self.transformer_blocks:
+            x = block(x, timestep)
+        return type("Output", (), {"sample": x})
+
+
+def test_a_cached_step_adds_what_the_middle_blocks_added_before() -> None:
+    reuse = StepReuse(ResidualStack(), budget=0.6, block_share=0.2)
+    reuse.interval, reuse.cached, reuse.step = 2, 3, 0
+    blocks = ResidualStack().transformer_blocks
+    x, labels = torch.randn(2, 4), torch.zeros(2)
+    added: Tensor | None = None
+    for step, timestep in enumerate((1000.0, 750.0, 500.0, 250.0)):
+        found = reuse(x, timestep, labels)
+        times = torch.full((2,), timestep)
+        expected = blocks[0](x, times)
+        if step % 2 == 0:
+            entered = expected
+            for block in blocks[1:4]:
+                expected = block(expected, times)
+            added = expected - entered
+        else:
+            assert added is not None
+            expected = expected + added
+        expected = blocks[4](expected, times)
+        torch.testing.assert_close(found, expected)
+        x = x - found / 4
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.6, 0.42])
+@pytest.mark.parametrize("steps", [4, 12])
+def test_every_choice_of_the_cache_stays_within_the_budget(budget: float, steps: int) -> None:
+    reuse = StepReuse(ResidualStack(), budget, block_share=0.197)
+    choices = []
+    for interval in range(2, steps + 1):
+        cached = reuse._needed(interval, steps)
+        if cached >= len(reuse.blocks):
+            continue
+        full = len(range(0, steps, interval))
+        macs = (full + (steps - full) * (1 - cached * 0.197)) / steps
+        assert macs <= budget < macs + 0.197
+        choices.append((interval, cached))
+    assert choices
+
+
+# --------------------------------------------------------------------------- the paper's recipe
+
+
+def test_the_papers_bins_bracket_the_ratio_and_blend_to_it() -> None:
+    selector = TokenSelector(TokenRouter(4), 100, 0, shares_index=False, gate="paper")
+    for ratio in (0.1, 0.12, 0.55, 0.6, 0.95, 1.0):
+        paper.Recipe._between_bins(selector, torch.tensor(ratio))
+        assert selector.low_tokens is not None
+        assert selector.blend is not None
+        weight = float(selector.blend)
+        assert 0 <= weight <= 1.00001
+        blended = weight * selector.kept_tokens + (1 - weight) * selector.low_tokens
+        assert blended == pytest.approx(100 * ratio, abs=1e-3)
+        assert selector.kept_tokens - selector.low_tokens == 10
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def test_no_job_comes_twice_and_the_dense_model_comes_before_what_is_compared_with_it() -> (
+    None
+):
+    for scale in (Scale(), SMOKE):
+        order = jobs(scale)
+        assert len({job.name for job in order}) == len(order)
+        for number, job in enumerate(order):
+            assert job.dense in order[: number + 1]
+
+
+def run(variant: str, kid: float, seed: int, budget: float = 0.6, steps: int = 4) -> dict:
+    figures = {"kid_x1000": kid, "frechet": 1.0, "class_accuracy": 0.5, "macs": budget}
+    key = {"variant": variant, "budget": budget, "seed": seed, "steps": steps}
+    return {**key, **figures, "psnr_to_dense_db": None, "steps_taken": steps}
+
+
+def test_better_means_by_more_than_both_spreads() -> None:
+    kids = {"ours": (10, 12), "worse": (13, 20), "equal": (11, 20), "best": (5, 9)}
+    runs = [
+        run(name, kid, seed) for name, both in kids.items() for seed, kid in enumerate(both)
+    ]
+    rows = summarise(runs)
+    found = {entry["variant"]: entry for entry in ahead_of(rows, 0.6, 4)}
+    assert {name: entry["better"] for name, entry in found.items()} == {
+        "worse": True,
+        "equal": None,
+        "best": False,
+    }
+    assert found["worse"]["difference"] == pytest.approx(11 - 16.5)
+
+
+def test_the_knee_is_where_fewer_dense_steps_are_as_good() -> None:
+    dense = [run("dense", kid, 0, 1.0, steps) for steps, kid in ((2, 90), (4, 40), (8, 10))]
+    ours = [run("ours", 50, 0, 0.6, 4), run("ours", 15, 0, 0.6, 8)]
+    found = knee(summarise(dense + ours), 0.6)
+    assert found["dense_steps_as_good_as_ours"] == {4: 4, 8: 8}
+    assert found["dense_steps_that_the_budget_pays_for"] == {4: 2.4, 8: 4.8}
+
+
+@pytest.mark.soak
+def test_the_whole_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.quality import __main__ as quality
+
+    monkeypatch.setattr("sys.argv", ["quality", "--smoke", "--work", str(tmp_path)])
+    quality.main()
+    report = json.loads((tmp_path / "smoke/quality.json").read_text())
+    assert report["missing"] == []
+    for row in report["summary"]:
+        if row["budget"] < 1:
+            assert row["macs"]["max"] <= row["budget"] + 1e-9

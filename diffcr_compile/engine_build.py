@@ -15,11 +15,18 @@ from typing import Any, Literal
 from diffcr_compile.engine_plan import EngineMode, EnginePlan, choose_mode, plan_engines
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
 from diffcr_compile.export.device.builder import Built, Progress, build_engines
-from diffcr_compile.export.device.check import check_engines, tolerance_of
+from diffcr_compile.export.device.check import HALF_TOLERANCE, check_engines, tolerance_of
 from diffcr_compile.export.device.job import BuildSettings
+from diffcr_compile.export.device.memory import (
+    BUILD_FACTOR,
+    MemoryNeed,
+    memory_need,
+    read_activations,
+    verdicts,
+)
 from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.device.trtexec import trtexec_lines
-from diffcr_compile.manifest import read_manifest
+from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.runtime.device import Device, tensorrt_module, version_of
 from diffcr_compile.runtime.open_engines import open_device
@@ -38,6 +45,8 @@ class BuildPlan:
         reason: why this one.
         plan: the engines.
         lines: the same build with trtexec.
+        memory: estimate of what the engines need.
+        warnings: what will fail for memory on the target.
     """
 
     target: Target
@@ -45,6 +54,8 @@ class BuildPlan:
     reason: str
     plan: EnginePlan
     lines: Sequence[str]
+    memory: MemoryNeed
+    warnings: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +95,18 @@ def plan_build(
     chosen, reason = (choice.mode, choice.reason) if mode == "auto" else (mode, "asked for")
     plan = plan_engines(manifest, chosen)
     lines = trtexec_lines(plan, settings or BuildSettings())
-    return BuildPlan(target, chosen, reason, plan, lines)
+    need = target_memory(artifact, manifest, plan, target)
+    warnings = verdicts(need, target.memory_bytes)
+    return BuildPlan(target, chosen, reason, plan, lines, need, warnings)
+
+
+def target_memory(
+    artifact: Path, manifest: Manifest, plan: EnginePlan, target: Target
+) -> MemoryNeed:
+    """Estimate of the memory that engines need on a target."""
+    fused = tolerance_of(manifest) == HALF_TOLERANCE and bool(target.fused_attention)
+    activations = read_activations(artifact, fused)
+    return memory_need(manifest, plan, activations, target.build_memory or BUILD_FACTOR)
 
 
 def build(

@@ -130,9 +130,13 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; an artifact exists from this moment on."""
+    atomic_write_bytes(folder / MANIFEST_FILE, manifest_text(manifest).encode())
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of ``manifest.json``."""
     # As JSON has it: tuples are lists there, and the checksum is over what will be read.
-    data = json.loads(json.dumps(dataclasses.asdict(manifest), allow_nan=False))
-    atomic_write_bytes(folder / MANIFEST_FILE, _written(data).encode())
+    return _written(json.loads(json.dumps(dataclasses.asdict(manifest), allow_nan=False)))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -21,6 +21,8 @@ from diffcr_compile.errors import (
     UsageError,
     one_line,
 )
+from diffcr_compile.export.activation_memory import write_activations
+from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.golden import golden_path, read_golden, write_golden
 from diffcr_compile.export.lint import lint_file, refuse
 from diffcr_compile.export.manifest_rows import (
@@ -78,7 +80,7 @@ def export_artifact(
     describe: Callable[[Path], None] | None = None,
     profiles: bool = True,
 ) -> Manifest:
-    """Write onnx/, golden/, model/schedule.json, model/node_map.json and, last, manifest.json.
+    """Write onnx/, golden/, model/*.json, build_on_device.sh and, last, manifest.json.
 
     All is made and checked in a folder aside; an artifact that is already there stays whole until
     the new one has passed.
@@ -110,6 +112,7 @@ def export_artifact(
     with _staging(folder) as staging:
         topk = tensorrt_topk(targets) if profiles else None
         graphs, shared = _write_graphs(frozen, staging, inputs_for, progress, profiles, topk)
+        write_activations(staging, graphs)
         every = [*graphs, *(row["onnx"] for row in shared)]
         _suit(staging, every, targets, tuple(b.name for b in frozen[0].blocks))
         rows = [
@@ -139,6 +142,7 @@ def export_artifact(
         constants=constant_rows(frozen[0]),
         profile_graphs=shared,
     )
+    write_script(folder, manifest)
     write_manifest(folder, manifest)
     return manifest
 

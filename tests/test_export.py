@@ -605,12 +605,14 @@ def test_an_artifact_holds_what_it_says(artifact: tuple[list[Program], Path]) ->
     verify_artifact(folder, manifest)
     assert sorted(manifest.files) == [
         *(f"golden/bucket_0{i}.safetensors" for i in range(3)),
-        *("model/node_map.json", "model/routed.safetensors", "model/schedule.json"),
+        *("model/activation_memory.json", "model/node_map.json"),
+        *("model/routed.safetensors", "model/schedule.json"),
         *(f"onnx/bucket_0{i}.onnx" for i in range(3)),
         "onnx/profiles.onnx",
         "onnx/weights.bin",
     ]
-    assert {p.name for p in folder.iterdir()} == {"onnx", "golden", "model", "manifest.json"}
+    names = {"onnx", "golden", "model", "manifest.json", "build_on_device.sh"}
+    assert {p.name for p in folder.iterdir()} == names
     assert [(b["low"], b["high"], b["weight"]) for b in manifest.buckets] == [
         (0.0, 0.25, 0.25), (0.25, 0.5, 0.25), (0.5, 1.0, 0.5),
     ]  # fmt: skip

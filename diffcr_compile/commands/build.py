@@ -82,6 +82,13 @@ def _say_plan(planned: BuildPlan) -> None:
     say("the same with trtexec, in the artifact's folder (build_on_device.sh):")
     for line in planned.lines:
         say(f"  {line}")
+    need = planned.memory
+    say(
+        f"memory (estimate): {need.loaded / 1e6:.0f} MB with all engines loaded, {need.swapped / 1e6:.0f} MB "
+        f"with swap=True, {need.build / 1e6:.0f} MB at the peak of the build"
+    )
+    for warning in planned.warnings:
+        note(f"warning: {warning}")
 
 
 def _say_result(result: BuildResult) -> None:
@@ -118,6 +125,8 @@ def _json(planned: BuildPlan, result: BuildResult | None) -> dict[str, Any]:
         "reason": planned.reason,
         "plan": planned.plan.to_json(),
         "trtexec": list(planned.lines),
+        "memory": planned.memory.to_json(),
+        "warnings": list(planned.warnings),
     }
     if result is not None:
         found |= {

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare, compare_open_graph, run_onnx
-from diffcr_compile.manifest import read_manifest, verify_artifact
+from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
+
+if TYPE_CHECKING:
+    from diffcr_compile.export.bisect import Suspect
+
+# Relative L2 of what leaves a block, between two machines that run the same float32 graph.
+BISECT_TOLERANCE = 1e-4
 
 
-def validate_artifact(folder: Path) -> list[dict[str, Any]]:
+def validate_artifact(folder: Path, bisect: bool = False) -> list[dict[str, Any]]:
     """Parity of every timestep bucket with the outputs that FROZEN gave on the host.
 
     Graphs that serve several buckets are run at each of theirs.
+
+    Args:
+        folder: the artifact.
+        bisect: name the first block whose output is off, if a bucket is.
 
     Raises:
         ArtifactError: a file is missing or changed.
@@ -37,9 +48,74 @@ def validate_artifact(folder: Path) -> list[dict[str, Any]]:
         rows += compare_open_graph(folder, graph, manifest.schedule, step, tolerance)
     for row in rows:
         if not row.passed:
+            where = _suspect(folder, manifest, row.bucket) if bisect else ""
             raise AccuracyError(
                 f"bucket {row.bucket} of {folder} ({row.step}) differs from its golden outputs by "
-                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}",
+                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}"
+                f"{where}",
                 code="DCR-Q001",
             )
     return [dataclasses.asdict(row) for row in rows]
+
+
+def validate_engines(
+    folder: Path, bisect: bool = False, runtime: str = "tensorrt"
+) -> list[dict[str, Any]]:
+    """Figures of this device's engines against the golden outputs; if all agree they may be used.
+
+    Args:
+        folder: the artifact.
+        bisect: where a bucket is off, build engines of parts of the graph and name the first block that
+            is.
+        runtime: ``tensorrt`` or ``tensorrt-rtx``.
+
+    Raises:
+        ArtifactError: there are no engines that may run here.
+        AccuracyError: a bucket is off.
+        EnvironmentMissingError: there is no GPU or no TensorRT; for `bisect`, no onnx.
+    """
+    from diffcr_compile.export.device.check import check_here, tolerance_of
+
+    manifest = read_manifest(folder)
+    verify_artifact(folder, manifest, only=("golden",))
+    try:
+        return check_here(folder, manifest, runtime)
+    except AccuracyError as error:
+        if not bisect:
+            raise
+        verify_artifact(folder, manifest)
+        from diffcr_compile.export.bisect import bisect_engine
+
+        tolerance = tolerance_of(manifest)
+        for bucket in manifest.buckets:
+            found = bisect_engine(folder, manifest, bucket["index"], tolerance, runtime)
+            if found is not None:
+                raise AccuracyError(
+                    f"{error.message} {_words(found)}", code=error.code
+                ) from error
+        raise AccuracyError(
+            f"{error.message} Engines of parts of the graphs are right at every block: it is what comes "
+            "after the last block, or a fusion over all of them.",
+            code=error.code,
+        ) from error
+
+
+def _suspect(folder: Path, manifest: Manifest, bucket: int | None) -> str:
+    from diffcr_compile.export.bisect import bisect_onnx
+
+    found = bisect_onnx(folder, manifest, bucket or 0, BISECT_TOLERANCE)
+    if found is None:
+        return ". What leaves every block is right: it is what comes after the last one"
+    return f". {_words(found)}"
+
+
+def _words(found: Suspect) -> str:
+    off = (
+        "NaN or infinite"
+        if math.isinf(found.rel_l2)
+        else f"off by {found.rel_l2:.1e} of its norm"
+    )
+    return (
+        f"The first block that is off is {found.block!r}: {found.value}, which {found.node} makes, is {off} "
+        f"(golden inputs of bucket {found.bucket})."
+    )

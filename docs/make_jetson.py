@@ -28,7 +28,9 @@ def page() -> str:
 def out_of_date() -> list[str]:
     """A finding if the page is not what the code says."""
     found = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    return [] if found == page() else ["docs/jetson.md is out of date: run docs/make_jetson.py"]
+    return (
+        [] if found == page() else ["docs/jetson.md is out of date: run docs/make_jetson.py"]
+    )
 
 
 def _memory() -> Iterator[str]:
@@ -40,7 +42,9 @@ def _memory() -> Iterator[str]:
     from diffcr_compile.planning.targets import find_target
 
     boards = [find_target(name) for name in BOARDS]
-    heads = " | ".join(f"{b.device.split(',')[0]} ({_gb(b.memory_bytes or 0)})" for b in boards)
+    heads = " | ".join(
+        f"{b.device.split(',')[0]} ({_gb(b.memory_bytes or 0)})" for b in boards
+    )
     yield f"| parameters, type | `per_bucket`, all loaded | `profiles`, or `swap=True` | build | {heads} |"
     yield "|---|---|---|---|" + "---|" * len(boards)
     for millions, size, buckets in CASES:

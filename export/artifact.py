@@ -22,6 +22,7 @@ from diffcr_compile.errors import (
     one_line,
 )
 from diffcr_compile.export.activation_memory import write_activations
+from diffcr_compile.export.bisect import write_block_values
 from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.golden import golden_path, read_golden, write_golden
 from diffcr_compile.export.lint import lint_file, refuse
@@ -119,6 +120,7 @@ def export_artifact(
             _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
             for bucket in range(len(frozen))
         ]
+        write_block_values(staging, graphs, [golden_path(b) for b in range(len(frozen))])
         if describe is not None:
             describe(staging)
         shared_rows = _check_shared(staging, shared, frozen[0], parity_tolerance)

@@ -604,6 +604,7 @@ def test_an_artifact_holds_what_it_says(artifact: tuple[list[Program], Path]) ->
     manifest = read_manifest(folder)
     verify_artifact(folder, manifest)
     assert sorted(manifest.files) == [
+        "golden/blocks.json",
         *(f"golden/bucket_0{i}.safetensors" for i in range(3)),
         *("model/activation_memory.json", "model/node_map.json"),
         *("model/routed.safetensors", "model/schedule.json"),

@@ -2,26 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
 from rich.table import Table
 
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.options import AsJson, Folder
-from diffcr_compile.commands.terminal import console, print_json, say
+from diffcr_compile.commands.terminal import console, note, print_json, say
+from diffcr_compile.errors import AccuracyError, UsageError
+
+EXAMPLES = (
+    "out/",
+    "out/ --level engine --bisect",
+    "out/ --write-polygraphy golden_json/",
+    "out/ --results outputs.json --bucket 2",
+)
 
 
 def register(app: App) -> None:
     """Add the verb."""
-    app.verb("validate", ("out/", "out/ --json"))(validate)
+    app.verb("validate", EXAMPLES)(validate)
 
 
-def validate(out: Folder, as_json: AsJson = False) -> None:
-    """Check every file's hash and compare ONNX Runtime with the golden outputs of each bucket. Writes nothing."""
-    from diffcr_compile.validate import validate_artifact
+def validate(
+    out: Folder,
+    level: Annotated[
+        Literal["onnx", "engine"],
+        typer.Option(
+            help="graphs in ONNX Runtime, or this device's engines, which may run then"
+        ),
+    ] = "onnx",
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="where a bucket is off, name the first block that is"),
+    ] = False,
+    write_polygraphy: Annotated[
+        Path | None,
+        typer.Option(help="folder for golden inputs and outputs as Polygraphy's JSON"),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="outputs that polygraphy run --save-outputs wrote")
+    ] = None,
+    bucket: Annotated[int, typer.Option(help="with --results: which timestep bucket")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file's hash and compare with the golden outputs of each bucket: ONNX Runtime, engines, Polygraphy."""
+    from diffcr_compile import validate as checks
 
-    rows = validate_artifact(out)
+    if write_polygraphy is not None:
+        from diffcr_compile.polygraphy_results import write_polygraphy as write
+
+        paths = [str(path) for path in write(out, write_polygraphy)]
+        if as_json:
+            print_json(paths)
+        else:
+            say("\n".join(paths))
+        return
+    if results is not None:
+        _results(out, results, bucket, as_json)
+        return
+    if level == "engine":
+        rows = checks.validate_engines(out, bisect)
+    else:
+        rows = checks.validate_artifact(out, bisect)
     if as_json:
         print_json(rows)
         return
+    _print(rows)
+    if level == "engine":
+        say(
+            f"{out}: every bucket gives its golden outputs on this device; the engines may be used"
+        )
+    else:
+        say(f"{out}: every file matches the manifest, every bucket its golden outputs")
+
+
+def _results(out: Path, results: Path, bucket: int, as_json: bool) -> None:
+    from diffcr_compile.polygraphy_results import compare_results
+
+    rows = compare_results(out, results, bucket)
+    if not rows:
+        raise UsageError(f"{results} holds no outputs", code="DCR-U006")
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            note(f"{row['runner']}, call {row['call']}:")
+        _print(rows)
+    wrong = [row["runner"] for row in rows if not row["passed"]]
+    if wrong:
+        raise AccuracyError(
+            f"{', '.join(wrong)} in {results} does not give the golden outputs of bucket {bucket}",
+            code="DCR-Q002",
+        )
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table("bucket", "max abs", "relative L2", "cosine", "NaN/Inf", "tolerance")
     for row in rows:
         table.add_row(
@@ -33,4 +112,3 @@ def validate(out: Folder, as_json: AsJson = False) -> None:
             f"{row['tolerance']:.0e}",
         )
     console.print(table)
-    say(f"{out}: every file matches the manifest, every bucket its golden outputs")

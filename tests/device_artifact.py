@@ -68,7 +68,7 @@ def graph(kept: int | None) -> onnx.ModelProto:
         for i in INPUTS
     ]
     if kept is None:
-        inputs.append(helper.make_tensor_value_info(LENGTH, TensorProto.BOOL, ["K"]))
+        inputs.append(helper.make_tensor_value_info(LENGTH, TensorProto.FLOAT, ["K"]))
     shape = [BATCH, TOKENS, WIDTH]
     outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)]
     made = helper.make_graph(nodes, "main_graph", inputs, outputs, constants)

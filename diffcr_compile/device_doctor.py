@@ -216,7 +216,7 @@ def _artifact(artifact: Path, board: BoardState) -> Iterator[Finding]:
             need = memory_need(manifest, plan, read_activations(artifact))
             problems = verdicts(need, board.available, board.disk_swap)
             yield Finding(
-                f"{artifact.name}, {mode}",
+                f"{artifact.resolve().name}, {mode}",
                 f"{_gb(need.loaded)} loaded, {_gb(need.swapped)} with swap=True, {_gb(need.build)} while "
                 "building (estimates)",
                 "fails" if problems else "ok",
@@ -261,7 +261,7 @@ def _version(name: str) -> str | None:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 or size == 0 else f"{size / 1e6:.0f} MB"
 
 
 def as_json(findings: list[Finding]) -> str:

@@ -15,7 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
 from diffcr_compile.export.weights import WeightsWriter
-from diffcr_compile.manifest import Manifest, atomic_write_bytes, hash_files, write_manifest
+from diffcr_compile.manifest import (
+    Manifest,
+    atomic_write_bytes,
+    hash_files,
+    write_json_atomic,
+    write_manifest,
+)
 
 KEPT = (4, 8, 6, 8)
 EDGES = (0.0, 250.0, 500.0, 750.0, 1000.0)
@@ -109,6 +115,9 @@ def write(folder: Path) -> Path:
         tensors["output.output"] = expected(inputs, bucket)
         atomic_write_bytes(folder / f"golden/bucket_{bucket:02d}.safetensors", save(tensors))
     atomic_write_bytes(folder / "model/schedule.json", b"{}\n")
+    nodes = {"matmul_a": "a.to_q"}
+    graph_names = [*dict.fromkeys(graphs), "onnx/profiles_00.onnx"]
+    write_json_atomic(folder / "model/node_map.json", dict.fromkeys(graph_names, nodes))
     write_manifest(folder, _manifest(folder, graphs))
     return folder
 

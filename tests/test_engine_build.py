@@ -274,8 +274,11 @@ def test_without_a_gpu_engines_are_built_ahead_of_time_and_refused_by_the_runtim
     assert not (Path(found["folder"]) / "engine.ok.json").exists()
     assert len(found["trtexec"]) == 1
     assert os.access(out / "build_on_device.sh", os.X_OK)
+    old = Path(found["folder"]) / "bucket_09.plan"  # of an earlier build in the other mode
+    old.write_bytes(b"engine")
     assert run(monkeypatch, *command, "--mode", "profiles") == 0
     assert json.loads(capsys.readouterr().out)["kept"] == ["profiles_00"]
+    assert not old.exists()
 
 
 def test_engines_built_ahead_of_time_do_not_run_even_where_their_device_is(

@@ -29,6 +29,7 @@ from diffcr_compile.errors import (
 from diffcr_compile.export.device.builder import Built, build_engines
 from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
+from diffcr_compile.export.device.layer_map import layer_rows
 from diffcr_compile.manifest import read_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
@@ -415,6 +416,21 @@ def test_a_graph_that_tensorrt_refuses_is_named_with_its_words(out: Path, device
     onnx.save(model, str(out / "refused.onnx"))
     with pytest.raises(UnsupportedModelError, match=r"refused\.onnx: no importer for NonZero"):
         build_engine(tensorrt_module(), out / "refused.onnx", [{}], BuildSettings())
+
+
+def test_layers_of_a_checked_engine_lead_back_to_modules(built: Path) -> None:
+    found = json.loads((folder_of(built) / "layers.json").read_text())
+    assert set(found) == {"bucket_00", "bucket_01", "bucket_02"}
+    for rows in found.values():
+        (row,) = (row for row in rows if "matmul_a" in row["nodes"])
+        assert row["modules"] == ["a.to_q"]
+        assert row["type"] == "kgen"
+        assert all(set(other["modules"]) <= {"a.to_q"} for other in rows)
+
+
+def test_layers_without_details_have_names_only() -> None:
+    rows = list(layer_rows('{"Layers": ["conv + relu"]}', {"Conv_0": "proj"}))
+    assert rows == [{"layer": "conv + relu", "type": "", "nodes": [], "modules": []}]
 
 
 def test_progress_is_told_by_engine_and_outer_phase(out: Path, device: Any) -> None:

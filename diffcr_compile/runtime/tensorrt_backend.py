@@ -117,6 +117,11 @@ class TensorRTBackend:
             self._cuda.synchronize(self._stream)
             return outputs
 
+    def layer_information(self, engine: str) -> str:
+        """What TensorRT says about the layers of an engine, as JSON."""
+        inspector = self._engine(engine).create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
     def close(self) -> None:
         """Give all memory of the device back; further runs are refused."""
         if self._closed:

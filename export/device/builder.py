@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffcr_compile.engine_plan import EnginePlan, plan_engines
@@ -101,7 +101,15 @@ def build_engines(
         created=_now(),
     )
     write_sidecar(folder, sidecar)
+    _remove_others(folder, files)
     return Built(folder, sidecar, tuple(kept))
+
+
+def _remove_others(folder: Path, names: Collection[str]) -> None:
+    """Engines of an earlier build in another mode: nothing would use them, and a board has little space."""
+    for path in folder.glob(f"*{plan_file('')}"):
+        if path.name.removesuffix(plan_file("")) not in names:
+            path.unlink()
 
 
 def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built | None:

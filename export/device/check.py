@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.export.device.builder import adopt_unchecked
+from diffcr_compile.export.device.layer_map import write_layers
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, write_ok
+from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, read_sidecar, write_ok
 from diffcr_compile.runtime.find_engines import none_for
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
 
@@ -69,7 +70,7 @@ def check_engines(
     tolerance: float,
     backend: Backend | None = None,
 ) -> list[dict[str, Any]]:
-    """Compare the engines of a folder with the golden outputs and write ``engine.ok.json``.
+    """Compare the engines of a folder with the golden outputs; write ``layers.json`` and ``engine.ok.json``.
 
     Args:
         artifact: the artifact's folder.
@@ -87,6 +88,8 @@ def check_engines(
     opened = open_unchecked(folder, manifest, runtime) if backend is None else None
     try:
         rows = compare_with_golden(opened or _given(backend), artifact, manifest, tolerance)
+        if opened is not None:
+            write_layers(artifact, folder, read_sidecar(folder).plan, opened)
     finally:
         if opened is not None:
             opened.close()

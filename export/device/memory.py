@@ -144,4 +144,4 @@ def verdicts(need: MemoryNeed, available: int | None, swap: int = 0) -> list[str
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

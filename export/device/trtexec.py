@@ -26,6 +26,7 @@ def trtexec_arguments(spec: EngineSpec, settings: BuildSettings, plan: str) -> l
         f"--timingCacheFile={UNCHECKED}/timing.cache",
         "--noTF32",
         "--skipInference",
+        "--profilingVerbosity=detailed",
     ]
     if settings.workspace_mb is not None:
         arguments.append(f"--memPoolSize=workspace:{settings.workspace_mb}")

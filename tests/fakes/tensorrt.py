@@ -57,6 +57,14 @@ class ExecutionContextAllocationStrategy(enum.IntEnum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+class ProfilingVerbosity(enum.IntEnum):
+    LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
+
+
+class LayerInformationFormat(enum.IntEnum):
+    ONELINE, JSON = range(2)
+
+
 class IProgressMonitor:
     def __init__(self) -> None:
         self.ready = True
@@ -86,6 +94,7 @@ class _Config:
         self.flags = {BuilderFlag.TF32}
         self.workspace: int | None = None
         self.progress_monitor: Any = None
+        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self.cache: _TimingCache | None = None
 
     def clear_flag(self, flag: BuilderFlag) -> None:
@@ -182,12 +191,28 @@ class Builder:
             "workspace": config.workspace,
             "timing": len(config.cache.data) if config.cache else None,
             "profiles": [profile.shapes for profile in config.profiles] or [{}],
+            "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED,
+            "layers": _layers(model),
             "extra_memory": [profile.extra_memory_target for profile in config.profiles],
         }
         if monitor is not None:
             monitor.step_complete("building", 1)
             monitor.phase_finish("building")
         return _MAGIC + json.dumps(facts).encode() + b"\n" + model.SerializeToString()
+
+
+def _layers(model: Any) -> list[dict[str, str]]:
+    """Two nodes to a layer, as if they were fused."""
+    names = [node.name or node.op_type for node in model.graph.node]
+    pairs = [names[i : i + 2] for i in range(0, len(names), 2)]
+    return [
+        {
+            "Name": f"__myl_{'_'.join(pair)}",
+            "LayerType": "kgen",
+            "Metadata": "\x1e".join(f"[ONNX Layer: {name}]" for name in pair),
+        }
+        for pair in pairs
+    ]
 
 
 def _make_wrong(model: Any) -> None:
@@ -256,12 +281,27 @@ class _Engine:
     def get_tensor_dtype(self, name: str) -> str:
         return _TYPES[(self.inputs | self.outputs)[name].type]
 
+    def create_engine_inspector(self) -> _Inspector:
+        return _Inspector(self.facts)
+
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 4096 * (1 + profile)
 
     def create_execution_context(self, strategy: Any) -> _Context:
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
         return _Context(self)
+
+
+class _Inspector:
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def get_engine_information(self, form: LayerInformationFormat) -> str:
+        assert form == LayerInformationFormat.JSON
+        layers = self.facts["layers"]
+        return json.dumps(
+            {"Layers": layers if self.facts["detailed"] else [x["Name"] for x in layers]}
+        )
 
 
 def nptype(dtype: str) -> Any:

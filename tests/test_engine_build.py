@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffcr_compile import cli
@@ -302,7 +303,61 @@ def test_engines_built_ahead_of_time_do_not_run_even_where_their_device_is(
     ) as caught:
         load(out, backend="tensorrt-rtx")
     assert caught.value.exit_code == 7
-    for name in [n for n in sys.modules if n == "cuda" or n.startswith("cuda.")]:
+    forget()
+
+
+def workers(out: Path) -> list[str]:
+    """Command lines of processes that build for an artifact."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        if "device.worker" in line and str(out) in line:
+            found.append(line)
+    return found
+
+
+def test_two_builds_of_one_artifact_do_not_meet(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import fcntl
+
+    import tensorrt_rtx
+
+    folder = out / f"engines/none_sm86_rtx{tensorrt_rtx.__version__}"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = ("build", str(out), "--target", "jetson-orin-nx", "--mode", "profiles")
+        assert run(monkeypatch, *command) == 2
+    assert "another build is at work" in " ".join(capsys.readouterr().err.split())
+
+
+def test_on_the_device_the_verb_builds_checks_and_the_engines_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    command = ("build", str(out), "--target", "jetson-agx-orin@jp6.2", "--json")
+    assert run(monkeypatch, *command, "--mode", "profiles") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verified"] is True
+    assert found["device"] == "Orin, SM87, tensorrt 10.3.0"
+    assert [row["bucket"] for row in found["buckets"]] == [0, 1, 2, 3]
+    inputs = small.call(900.0)
+    np.testing.assert_allclose(
+        load(out, backend="tensorrt")(**inputs), small.expected(inputs, 3), atol=1e-5
+    )
+    assert run(monkeypatch, "validate", str(out), "--level", "engine") == 0
+    assert "the engines may be used" in capsys.readouterr().out
+    forget()
+
+
+def forget() -> None:
+    """The stand-ins are of one test only."""
+    for name in [n for n in sys.modules if n in ("tensorrt", "cuda") or n.startswith("cuda.")]:
         del sys.modules[name]
 
 
@@ -321,6 +376,11 @@ def test_a_build_that_is_killed_goes_on_at_the_bucket_it_was_in(out: Path) -> No
     assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
     finished = sorted(p.name for p in out.glob("engines/*/*.built.json"))
     assert finished
+    for _ in range(200):  # the process of the build ends with the one that waited for it
+        if not workers(out):
+            break
+        time.sleep(0.05)
+    assert workers(out) == []
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)

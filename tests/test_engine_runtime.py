@@ -329,6 +329,34 @@ def test_engines_of_another_artifact_are_refused(
     assert caught.value.code == "DCR-A012"
 
 
+def test_no_flipped_byte_of_an_engine_folder_leads_to_another_result(
+    engines: dict[EngineMode, Path], tmp_path: Path, device: Any
+) -> None:
+    """80 bytes, anywhere in what a load reads: refused with exit code 7, or without effect."""
+    generator = np.random.default_rng(7)
+    out = Path(shutil.copytree(engines["profiles"], tmp_path / "out"))
+    folder = folder_of(out)
+    files = [folder / SIDECAR, folder / OK_FILE, *folder.glob("*.plan")]
+    inputs = small.call(600.0)
+    refused = 0
+    for number in range(80):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(bytes(data))
+        try:
+            runner = load(out, backend="tensorrt", swap=True)
+            np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 2), atol=1e-5)
+            runner.close()
+            assert path.name == OK_FILE  # figures in it say nothing to the runtime
+        except ArtifactError as error:
+            assert error.exit_code == 7
+            refused += 1
+        path.write_bytes(whole)
+    assert refused >= 60
+
+
 def test_a_changed_plan_loads_only_where_one_asked_not_to_look(built: Path) -> None:
     folder = folder_of(built)
     path = sorted(folder.glob("*.plan"))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -104,6 +105,30 @@ def test_every_module_of_the_runtime_imports_where_torch_cannot_be(device: Path)
     code = f"{BLOCKER}\nimport importlib\nfor name in {names}: importlib.import_module(name)"
     done = python(device, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_runtime_is_python_3_10() -> None:
+    """JetPack 6 has Python 3.10. Names that later versions brought are looked for in what is imported."""
+    later = {
+        "typing": {"Self", "assert_never", "override", "Never", "LiteralString", "Unpack"},
+        "enum": {"StrEnum"},
+        "datetime": {"UTC"},
+        "contextlib": {"chdir"},
+        "itertools": {"batched"},
+    }
+    for name, path in runtime_sources():
+        if not name.endswith(".py"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"), name, feature_version=(3, 10))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert "tomllib" not in {alias.name for alias in node.names}, name
+            if isinstance(node, ast.ImportFrom):
+                used = {alias.name for alias in node.names}
+                assert not used & later.get(node.module or "", set()), name
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.attr not in later.get(node.value.id, set()), name
+            assert not isinstance(node, getattr(ast, "TryStar", ())), name
 
 
 def test_the_verbs_of_the_device_validate_examine_build_and_check(device: Path) -> None:

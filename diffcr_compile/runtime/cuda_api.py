@@ -43,14 +43,14 @@ class Cuda(Protocol):
     def free_bytes(self) -> int: ...
     def allocate(self, size: int) -> int: ...
     def free(self, address: int) -> None: ...
-    def make_stream(self) -> int: ...
-    def destroy_stream(self, stream: int) -> None: ...
-    def upload(self, address: int, array: Array, stream: int) -> None: ...
-    def download(self, array: Array, address: int, stream: int) -> None: ...
-    def synchronize(self, stream: int) -> None: ...
-    def begin_capture(self, stream: int) -> None: ...
-    def end_capture(self, stream: int) -> Any: ...
-    def launch(self, graph: Any, stream: int) -> None: ...
+    def make_cuda_stream(self) -> int: ...
+    def destroy_cuda_stream(self, cuda_stream: int) -> None: ...
+    def upload(self, address: int, array: Array, cuda_stream: int) -> None: ...
+    def download(self, array: Array, address: int, cuda_stream: int) -> None: ...
+    def synchronize(self, cuda_stream: int) -> None: ...
+    def begin_capture(self, cuda_stream: int) -> None: ...
+    def end_capture(self, cuda_stream: int) -> Any: ...
+    def launch(self, graph: Any, cuda_stream: int) -> None: ...
     def destroy_graph(self, graph: Any) -> None: ...
 
 
@@ -103,47 +103,51 @@ class CudaPython:
         """Give memory back."""
         self._call("cudaFree", address)
 
-    def make_stream(self) -> int:
-        """A stream of its own: the default one cannot be captured."""
-        (stream,) = self._call("cudaStreamCreate")
-        return int(stream)
+    def make_cuda_stream(self) -> int:
+        """A CUDA stream of its own: the default one cannot be captured."""
+        (cuda_stream,) = self._call("cudaStreamCreate")
+        return int(cuda_stream)
 
-    def destroy_stream(self, stream: int) -> None:
+    def destroy_cuda_stream(self, cuda_stream: int) -> None:
         """Destroy it."""
-        self._call("cudaStreamDestroy", stream)
+        self._call("cudaStreamDestroy", cuda_stream)
 
-    def upload(self, address: int, array: Array, stream: int) -> None:
+    def upload(self, address: int, array: Array, cuda_stream: int) -> None:
         """Copy a contiguous array to the device."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+        self._call(
+            "cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, cuda_stream
+        )
 
-    def download(self, array: Array, address: int, stream: int) -> None:
+    def download(self, array: Array, address: int, cuda_stream: int) -> None:
         """Copy from the device into a contiguous array."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+        self._call(
+            "cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, cuda_stream
+        )
 
-    def synchronize(self, stream: int) -> None:
-        """Wait until all work of the stream is done."""
-        self._call("cudaStreamSynchronize", stream)
+    def synchronize(self, cuda_stream: int) -> None:
+        """Wait until all work of the CUDA stream is done."""
+        self._call("cudaStreamSynchronize", cuda_stream)
 
-    def begin_capture(self, stream: int) -> None:
-        """What follows on the stream is recorded, not run."""
+    def begin_capture(self, cuda_stream: int) -> None:
+        """What follows on the CUDA stream is recorded, not run."""
         # thread-local: what other threads of the application do meanwhile does not end the capture
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
+        self._call("cudaStreamBeginCapture", cuda_stream, mode)
 
-    def end_capture(self, stream: int) -> Any:
+    def end_capture(self, cuda_stream: int) -> Any:
         """The recorded work, ready to be launched."""
-        (graph,) = self._call("cudaStreamEndCapture", stream)
+        (graph,) = self._call("cudaStreamEndCapture", cuda_stream)
         try:
             (ready,) = self._call("cudaGraphInstantiate", graph, 0)
         finally:
             self._call("cudaGraphDestroy", graph)
         return ready
 
-    def launch(self, graph: Any, stream: int) -> None:
+    def launch(self, graph: Any, cuda_stream: int) -> None:
         """Run recorded work."""
-        self._call("cudaGraphLaunch", graph, stream)
+        self._call("cudaGraphLaunch", graph, cuda_stream)
 
     def destroy_graph(self, graph: Any) -> None:
         """Destroy recorded work."""

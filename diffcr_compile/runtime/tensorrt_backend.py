@@ -82,7 +82,7 @@ class TensorRTBackend:
         self._closed = False
         self._check_memory()
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._stream = cuda.make_stream()
+        self._cuda_stream = cuda.make_cuda_stream()
         self._activations = ActivationBuffer(cuda)
         self._buffers = TensorBuffers(cuda, self._tensor_sizes())
         try:
@@ -106,15 +106,17 @@ class TensorRTBackend:
             context = self._context(bucket)
             for name, array in arrays.items():
                 self._cuda.upload(
-                    self._buffers.addresses[name], np.ascontiguousarray(array), self._stream
+                    self._buffers.addresses[name],
+                    np.ascontiguousarray(array),
+                    self._cuda_stream,
                 )
             self._execute(context, bucket)
             outputs = [np.empty(s["shape"], s["dtype"]) for s in self._manifest.outputs]
             for spec, output in zip(self._manifest.outputs, outputs, strict=True):
                 self._cuda.download(
-                    output, self._buffers.addresses[spec["name"]], self._stream
+                    output, self._buffers.addresses[spec["name"]], self._cuda_stream
                 )
-            self._cuda.synchronize(self._stream)
+            self._cuda.synchronize(self._cuda_stream)
             return outputs
 
     def layer_information(self, engine: str) -> str:
@@ -131,7 +133,7 @@ class TensorRTBackend:
         self._engines.clear()
         self._buffers.close()
         self._activations.close()
-        self._cuda.destroy_stream(self._stream)
+        self._cuda.destroy_cuda_stream(self._cuda_stream)
 
     # ------------------------------------------------------------------------------- loading
 
@@ -184,8 +186,8 @@ class TensorRTBackend:
                 "with swap=True, or free memory on the device.",
                 code="DCR-R003",
             )
-        done = bool(context.set_optimization_profile_async(number, self._stream))
-        self._cuda.synchronize(self._stream)
+        done = bool(context.set_optimization_profile_async(number, self._cuda_stream))
+        self._cuda.synchronize(self._cuda_stream)
         shapes = spec.profiles[number].shapes
         for name, shape in shapes.items():
             done = done and bool(context.set_input_shape(name, shape))
@@ -209,7 +211,7 @@ class TensorRTBackend:
     def _drop_contexts(self) -> None:
         """Contexts go before their engine: TensorRT wants it so."""
         if self._contexts:
-            self._cuda.synchronize(self._stream)
+            self._cuda.synchronize(self._cuda_stream)
         while self._contexts:
             context = self._contexts.popitem()[1]
             if context.graph is not None:
@@ -219,26 +221,26 @@ class TensorRTBackend:
 
     def _execute(self, context: _Context, bucket: int) -> None:
         if context.graph is not None:
-            self._cuda.launch(context.graph, self._stream)
+            self._cuda.launch(context.graph, self._cuda_stream)
             return
         # TensorRT sets things up in the first run after a change of shapes, which cannot be recorded.
         if self._cuda_graphs and context.runs == 1:
             context.graph = self._record(context.context, bucket)
         context.runs += 1
         if context.graph is not None:
-            self._cuda.launch(context.graph, self._stream)
+            self._cuda.launch(context.graph, self._cuda_stream)
         else:
             self._enqueue(context.context, bucket)
 
     def _record(self, context: Any, bucket: int) -> Any:
         """The work of a context as a CUDA graph; None, and a remark, if it cannot be recorded."""
-        self._cuda.synchronize(self._stream)
+        self._cuda.synchronize(self._cuda_stream)
         try:
-            self._cuda.begin_capture(self._stream)
+            self._cuda.begin_capture(self._cuda_stream)
             try:
                 self._enqueue(context, bucket)
             finally:
-                graph = self._cuda.end_capture(self._stream)
+                graph = self._cuda.end_capture(self._cuda_stream)
         except ResourceError as error:
             self.remarks.append(
                 f"timestep bucket {bucket} runs without a CUDA graph: {error.message}"
@@ -247,7 +249,7 @@ class TensorRTBackend:
         return graph
 
     def _enqueue(self, context: Any, bucket: int) -> None:
-        if not context.execute_async_v3(self._stream):
+        if not context.execute_async_v3(self._cuda_stream):
             raise ResourceError(
                 f"TensorRT could not run timestep bucket {bucket}; its log has the reason. Start the "
                 "process again; if it comes back, run diffcr doctor --device.",
@@ -274,8 +276,8 @@ class TensorRTBackend:
     def _fill_length_inputs(self) -> None:
         for name, size in self._length_inputs().items():
             zeros = np.zeros(size, np.uint8)
-            self._cuda.upload(self._buffers.addresses[name], zeros, self._stream)
-        self._cuda.synchronize(self._stream)
+            self._cuda.upload(self._buffers.addresses[name], zeros, self._cuda_stream)
+        self._cuda.synchronize(self._cuda_stream)
 
     def _check_tensors(self, path: Path, engine: Any) -> None:
         """Raise ArtifactError unless the engine's inputs and outputs are the artifact's."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Collection
+import fcntl
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from diffcr_compile.engine_plan import EnginePlan, plan_engines
-from diffcr_compile.errors import ArtifactError
+from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
 from diffcr_compile.export.device.trtexec import UNCHECKED
@@ -65,15 +67,43 @@ def build_engines(
 
     Raises:
         ArtifactError: a graph or the weights are not those of the manifest.
+        UsageError: another build is at work in the same folder.
         ResourceError: a build was killed.
         UnsupportedModelError: TensorRT refuses a graph.
     """
     verify_artifact(artifact, manifest, only=("onnx",))
     folder = artifact / ENGINES / device.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        leftover.unlink()
-    origin = made_from(manifest)
+    with _locked(folder):
+        for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
+            leftover.unlink()
+        files, kept = _build_each(
+            artifact, made_from(manifest), plan, folder, device, settings, progress
+        )
+        sidecar = Sidecar(
+            device=device,
+            made_from=made_from(manifest),
+            plan=plan,
+            files=files,
+            settings=dataclasses.asdict(settings),
+            ahead_of_time=settings.compute_capability is not None,
+            created=_now(),
+        )
+        write_sidecar(folder, sidecar)
+        _remove_others(folder, files)
+    return Built(folder, sidecar, kept)
+
+
+def _build_each(
+    artifact: Path,
+    origin: str,
+    plan: EnginePlan,
+    folder: Path,
+    device: Device,
+    settings: BuildSettings,
+    progress: Progress | None,
+) -> tuple[dict[str, PlanFile], tuple[str, ...]]:
+    """The file of each engine, and the names of those that were there already."""
     files: dict[str, PlanFile] = {}
     kept = []
     for spec in plan.engines:
@@ -91,18 +121,20 @@ def build_engines(
         if found is not None:
             kept.append(spec.name)
         files[spec.name] = found or build_in_process(job, _named(progress, spec.name))
-    sidecar = Sidecar(
-        device=device,
-        made_from=origin,
-        plan=plan,
-        files=files,
-        settings=dataclasses.asdict(settings),
-        ahead_of_time=settings.compute_capability is not None,
-        created=_now(),
-    )
-    write_sidecar(folder, sidecar)
-    _remove_others(folder, files)
-    return Built(folder, sidecar, tuple(kept))
+    return files, tuple(kept)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else builds into the folder; the lock goes with the process."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"another build is at work in {folder}; wait for it", code="DCR-U017"
+            ) from None
+        yield
 
 
 def _remove_others(folder: Path, names: Collection[str]) -> None:

@@ -40,6 +40,7 @@ def build_in_process(job: BuildJob, progress: Progress | None = None) -> PlanFil
         log.open("wb") as stderr,
         subprocess.Popen(
             [sys.executable, "-m", WORKER, job.to_json()],
+            stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
             stdout=subprocess.PIPE,
             stderr=stderr,
             env=_environment(),

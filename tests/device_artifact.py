@@ -151,7 +151,7 @@ def _manifest(folder: Path, graphs: list[str]) -> Manifest:
         schedule={"a": list(KEPT)},
         num_tokens={"a": TOKENS},
         budget={"metric": "macs", "asked": 0.5, "reached": 0.5},
-        parity={"tolerance": 1e-4},
+        parity={"tolerance": 1e-4, "measure": "max_abs"},
         files=hash_files(folder),
         stages={"export": "done"},
         profile_graphs=[

@@ -355,6 +355,19 @@ def test_on_the_device_the_verb_builds_checks_and_the_engines_run(
     forget()
 
 
+def test_engines_that_may_not_run_end_a_command_with_7_and_the_rebuild_line(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(FAKES))
+    for command in (
+        ["run", str(out), "--backend", "tensorrt"],
+        ["validate", str(out), "--level", "engine"],
+    ):
+        assert run(monkeypatch, *command) == 7
+        assert f"diffcr build {out}" in " ".join(capsys.readouterr().err.split())
+    forget()
+
+
 def forget() -> None:
     """The stand-ins are of one test only."""
     for name in [n for n in sys.modules if n in ("tensorrt", "cuda") or n.startswith("cuda.")]:

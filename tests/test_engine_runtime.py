@@ -338,7 +338,7 @@ def test_no_flipped_byte_of_an_engine_folder_leads_to_another_result(
     folder = folder_of(out)
     files = [folder / SIDECAR, folder / OK_FILE, *folder.glob("*.plan")]
     inputs = small.call(600.0)
-    refused = 0
+    statuses = []
     for number in range(80):
         path = files[number % len(files)]
         whole = path.read_bytes()
@@ -351,10 +351,10 @@ def test_no_flipped_byte_of_an_engine_folder_leads_to_another_result(
             runner.close()
             assert path.name == OK_FILE  # figures in it say nothing to the runtime
         except ArtifactError as error:
-            assert error.exit_code == 7
-            refused += 1
+            statuses.append(error.exit_code)
         path.write_bytes(whole)
-    assert refused >= 60
+    assert set(statuses) == {7}
+    assert len(statuses) >= 50  # the sidecar and the plan, whatever the byte
 
 
 def test_a_changed_plan_loads_only_where_one_asked_not_to_look(built: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,16 +26,20 @@ def run(
     count: Annotated[int, typer.Option(min=1, help="how many samples")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 20,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt"],
+        typer.Option(help="tensorrt: this device's engines, of diffcr build"),
+    ] = "onnxruntime",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Sample with an artifact of the reference model, on ONNX Runtime."""
+    """Sample with an artifact of the reference model, on ONNX Runtime or this device's engines."""
     import diffcr_compile as dcr
     from diffcr_compile.bench import batch_of
     from diffcr_compile.reference.demo import NAME, sample_images
     from diffcr_compile.report import write_sample_sheet
 
-    runner = dcr.load(out)
+    runner = dcr.load(out, backend=backend)
     if runner.manifest.model["name"] != NAME:
         raise UsageError(
             f"diffcr run samples the reference model; {out} holds {runner.manifest.model['name']!r}. "

@@ -5,6 +5,7 @@ What the stand-ins demand is in tests/fakes. No GPU is needed, and nothing here 
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -122,6 +123,18 @@ def test_both_modes_compute_what_numpy_does_in_every_bucket_and_every_order(
     assert device.state.graphs == {}
     with pytest.raises(ResourceError, match="closed"):
         runner(**small.call(100.0))
+
+
+def test_threads_may_share_a_runner(built: Path) -> None:
+    runner = load(built, backend="tensorrt", swap=True)
+
+    def one(number: int) -> bool:
+        bucket = number % 4
+        inputs = small.call(MIDDLES[bucket], number)
+        return np.allclose(runner(**inputs), small.expected(inputs, bucket), atol=1e-5)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(64)))
 
 
 def test_the_work_of_a_context_is_recorded_once_and_replayed(built: Path, device: Any) -> None:

@@ -178,13 +178,17 @@ open(given["--saveEngine"], "wb").write(plan)
     )
     trtexec.chmod(0o755)
     assert os.access(device / "build_on_device.sh", os.R_OK)
-    done = subprocess.run(
-        ["sh", "build_on_device.sh"],
-        cwd=device,
-        env={"PATH": f"{device / 'bin'}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
+
+    def script() -> Any:
+        return subprocess.run(
+            ["sh", "build_on_device.sh"],
+            cwd=device,
+            env={"PATH": f"{device / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+
+    done = script()
     assert done.returncode == 0, done.stderr
     code = "from diffcr_compile import runtime; runtime.load('.', backend='tensorrt')"
     before = python(device, "-c", code, path=str(FAKES))
@@ -195,6 +199,7 @@ open(given["--saveEngine"], "wb").write(plan)
     assert [p.name for p in (device / "engines").iterdir() if "sm87" in p.name] == [
         "orin_sm87_trt10.3.0"
     ]
+    assert script().stdout.count("built already") == 3
 
 
 def test_a_device_gets_all_but_the_weights_for_torch_and_the_rest_is_bit_equal(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -145,7 +146,9 @@ def _remove_others(folder: Path, names: Collection[str]) -> None:
 
 
 def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built | None:
-    """Move what ``build_on_device.sh`` built to the folder of this device, with a sidecar; not yet checked.
+    """Put what ``build_on_device.sh`` built into the folder of this device, with a sidecar; not yet checked.
+
+    The files stay where they are too, as links, so that the script finds them when it is run again.
 
     Returns:
         None if it built nothing.
@@ -164,13 +167,23 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
     folder = artifact / ENGINES / device.folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (source / name).replace(folder / name)
+        _put(source / name, folder / name)
     files = {spec.name: read_plan_file(folder / plan_file(spec.name)) for spec in plan.engines}
     settings = {"built_by": "trtexec"}
     sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
     write_sidecar(folder, sidecar)
+    _remove_others(folder, files)
     (source / "mode").unlink()
     return Built(folder, sidecar, ())
+
+
+def _put(source: Path, target: Path) -> None:
+    """A second name of a file; where the file system has no links, its new name."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        source.replace(target)
 
 
 def _check_sum(plan: Path) -> None:

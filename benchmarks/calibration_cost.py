@@ -25,6 +25,7 @@ from torch.nn.functional import mse_loss
 
 import diffcr_compile as dcr
 from diffcr_compile.bench import interleaved
+from diffcr_compile.budgets import cost_table
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.trained import TrainedParameters, own_weights
 from diffcr_compile.config import CalibrationConfig, RoutingConfig
@@ -33,7 +34,6 @@ from diffcr_compile.passes.blend_two_bins import BlendTwoBins
 from diffcr_compile.program import run_flat
 from diffcr_compile.reference import demo
 from diffcr_compile.schedule import TimestepBuckets
-from diffcr_compile.stages import cost_table
 from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parent / "results/calibration_cost.json"

@@ -18,13 +18,14 @@ from typing import Any
 
 import diffcr_compile as dcr
 from diffcr_compile import bench
+from diffcr_compile.budgets import cost_table
 from diffcr_compile.config import make_config
 from diffcr_compile.export.artifact import export_dense
 from diffcr_compile.manifest import read_manifest
 from diffcr_compile.program import with_batch
 from diffcr_compile.reference import demo
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule, cost_of
-from diffcr_compile.stages import captured, cost_table, routed_program
+from diffcr_compile.stages import captured, routed_program
 from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parent / "results/speed_bound.json"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffcr_compile import bench
 from diffcr_compile.attachments import checkpointing_off, prepared
+from diffcr_compile.budgets import budget_costs, budget_identity, cost_table
 from diffcr_compile.calibrate.data import (
     Conditions,
 )
@@ -59,7 +60,6 @@ from diffcr_compile.stages import (
     Event,
     all_kept_parity,
     captured,
-    cost_table,
     export_programs,
     frozen_parity,
     learn,
@@ -213,7 +213,7 @@ def calibrate(
         routed: from :func:`route`. With ``train: all`` it gets its own copy of the weights first.
         data: inputs by name in batches (the dense model answers them), ready teacher states, an
             opened pipeline to run, or None for teacher rollouts.
-        budget: share of the dense MACs, ``"60%"`` or 0.6.
+        budget: share of the dense model's cost, ``"60%"`` or 0.6; ``config.budget`` says which cost.
         config: settings; defaults are in ``config.py``.
         sampler: for rollouts; flow-matching Euler steps by default.
         conditions: for rollouts: ``conditions(generator, count)`` draws every input but sample and
@@ -228,7 +228,7 @@ def calibrate(
     config = config or CompileConfig()
     program = program_of(routed, Stage.ROUTED)
     share = parse_budget(budget)
-    check_budget(cost_table(program, config.routing), share)
+    check_budget(budget_costs(program, config), share)
     states = teacher_states(program, data, config, sampler, conditions, folder, progress)
     return learn(program, states, config, share, folder, key, progress)
 
@@ -331,7 +331,7 @@ def compile(
         pipeline_inputs: of a pipeline: the keyword arguments of its call, or several such dicts,
             which take turns.
         component: of a pipeline: the name of the denoiser, where there are several.
-        budget: share of the dense MACs.
+        budget: see :func:`calibrate`.
         data: see :func:`calibrate`.
         config: settings.
         sampler: for rollouts and for the benchmark's sampling loop.
@@ -365,10 +365,10 @@ def compile(
             routed = routed_program(dense, config.routing, config.calibration.seed)
             ladder = [all_kept_parity(dense, routed)]
             costs = cost_table(routed, config.routing)
-            check_budget(costs, share)
-        key = fingerprint(
-            identity, share, config.model_dump(exclude={"export"}), data is not None
-        )
+            check_budget(budget_costs(routed, config), share)
+        settings = config.model_dump(exclude={"export"})
+        metered = budget_identity(config.budget)
+        key = fingerprint(identity, share, settings, metered, data is not None)
         result = calibrated(
             space,
             key,

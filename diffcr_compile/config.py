@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
@@ -150,6 +150,33 @@ class CalibrationConfig(_Section):
     save_every: int = Field(default=20, ge=1, description="steps between resumable states")
 
 
+class BudgetConfig(_Section):
+    """What the budget is a share of."""
+
+    metric: Literal["macs", "latency"] = Field(
+        default="macs",
+        description="MACs, counted on the graph; or latency, from a measured table",
+    )
+    table: str | None = Field(
+        default=None,
+        description="with latency: the file that `diffcr bench MODEL --table` wrote, here or on the device",
+    )
+    fit: Literal["measured", "isotonic"] = Field(
+        default="measured",
+        description="measured times as they are; or, for each block, the nearest that never rise as tokens "
+        "get fewer",
+    )
+
+    @model_validator(mode="after")
+    def _table_fits_metric(self) -> BudgetConfig:
+        if (self.metric == "latency") != (self.table is not None):
+            raise ValueError(
+                "metric: latency and table: FILE belong together; diffcr bench MODEL --table FILE "
+                "measures one"
+            )
+        return self
+
+
 class ExportConfig(_Section):
     """ONNX files."""
 
@@ -179,11 +206,12 @@ class CompileConfig(_Section):
     routing: RoutingConfig = RoutingConfig()
     rollouts: RolloutConfig = RolloutConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    budget: BudgetConfig = BudgetConfig()
     export: ExportConfig = ExportConfig()
 
 
 def parse_budget(budget: float | str) -> float:
-    """``"60%"``, ``"0.6"`` or ``0.6`` -> 0.6, a share of the dense MACs.
+    """``"60%"``, ``"0.6"`` or ``0.6`` -> 0.6, a share of the dense model's cost.
 
     Raises:
         UsageError: not a number, or not in (0, 1].
@@ -197,7 +225,7 @@ def parse_budget(budget: float | str) -> float:
         ) from None
     if not 0 < value <= 1:
         raise UsageError(
-            f"budget must be in (0%, 100%] of the dense MACs, got {budget!r}; write '60%' or 0.6",
+            f"budget must be in (0%, 100%] of the dense model's cost, got {budget!r}; write '60%' or 0.6",
             code="DCR-U014",
         )
     return value

@@ -42,6 +42,27 @@ def keep_levels(
     return (*([0] if skip else []), *levels, num_tokens)
 
 
+def levels_of_blocks(
+    program: Program,
+    multiple_of: int,
+    min_keep_ratio: float,
+    max_keep_ratio: float = 1.0,
+    *,
+    skip_blocks: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Allowed kept tokens of every block, see :func:`measure_costs`."""
+    return {
+        spec.name: keep_levels(
+            spec.num_tokens,
+            multiple_of,
+            min_keep_ratio,
+            max_keep_ratio,
+            skip=skip_blocks and spec.removable,
+        )
+        for spec in program.blocks
+    }
+
+
 def measure_costs(
     program: Program,
     multiple_of: int,
@@ -64,16 +85,9 @@ def measure_costs(
     Raises:
         UnsupportedModelError: sizes in the graph depend on values.
     """
-    levels = {
-        spec.name: keep_levels(
-            spec.num_tokens,
-            multiple_of,
-            min_keep_ratio,
-            max_keep_ratio,
-            skip=skip_blocks and spec.removable,
-        )
-        for spec in program.blocks
-    }
+    levels = levels_of_blocks(
+        program, multiple_of, min_keep_ratio, max_keep_ratio, skip_blocks=skip_blocks
+    )
     counter = flop_counter()
     interpreter = _BlockCounter(program, levels, counter)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)

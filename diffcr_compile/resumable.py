@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import Sampler
@@ -34,7 +35,6 @@ from diffcr_compile.schedule import CostTable, KeepRatios, TokenSchedule
 from diffcr_compile.stages import (
     Data,
     Event,
-    cost_table,
     export_programs,
     learn,
     teacher_states,
@@ -217,7 +217,7 @@ def _result_from_json(
     return CalibrationResult(
         KeepRatios(tuple(schedule.kept_tokens), np.array(data["keep_ratios"])),
         schedule,
-        cost_table(routed, config.routing),
+        budget_costs(routed, config),
         tuple(data["history"]),
         dict(data["explained"]),
     )

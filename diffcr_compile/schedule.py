@@ -15,6 +15,7 @@ from diffcr_compile.errors import BudgetError, UsageError
 
 Floats = npt.NDArray[np.float64]
 Metric = Literal["macs", "latency"]  # what a budget is a share of
+UNITS: dict[Metric, str] = {"macs": "MACs", "latency": "latency"}
 # Share of the budget that the solver may leave unused. A cell of a small model is a few tenths of
 # a percent of the whole, so this is about one cell.
 UNUSED_SHARE = 0.004
@@ -125,7 +126,7 @@ class CostTable:
     @property
     def unit(self) -> str:
         """What the costs are, in words."""
-        return {"macs": "MACs", "latency": "latency"}[self.metric]
+        return UNITS[self.metric]
 
     @property
     def dense(self) -> float:
@@ -160,6 +161,7 @@ class TokenSchedule:
         buckets: the timestep buckets.
         asked: the budget that was asked for, share of the dense model's cost; None if none was.
         reached: the share that this schedule costs; None if not measured.
+        metric: what `asked` and `reached` are shares of.
     """
 
     kept_tokens: Mapping[str, tuple[int, ...]]
@@ -167,6 +169,7 @@ class TokenSchedule:
     buckets: TimestepBuckets
     asked: float | None = None
     reached: float | None = None
+    metric: Metric = "macs"
 
     def __post_init__(self) -> None:
         for block, column in self.kept_tokens.items():
@@ -217,6 +220,7 @@ class TokenSchedule:
             "weights": list(self.buckets.weights),
             "asked": self.asked,
             "reached": self.reached,
+            "metric": self.metric,
         }
 
     @classmethod
@@ -227,6 +231,7 @@ class TokenSchedule:
             TimestepBuckets(tuple(data["edges"]), tuple(data["weights"])),
             data["asked"],
             data["reached"],
+            data.get("metric", "macs"),
         )
 
 
@@ -322,6 +327,7 @@ def solve_least(
         {block: costs.levels[block][-1] for block in penalties},
         buckets,
         asked=budget,
+        metric=costs.metric,
     )
     return dataclasses.replace(schedule, reached=cost_of(costs, schedule) / costs.dense)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.attachments import checkpointing_off
+from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import (
     Conditions,
     TeacherStates,
@@ -28,7 +29,6 @@ from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.export.recipe_files import write_recipe_files
 from diffcr_compile.legality import Findings, find_blocks
-from diffcr_compile.macs import measure_costs
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.opened import ExampleInputs, call_of
 from diffcr_compile.origin import Origin
@@ -38,7 +38,7 @@ from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
 from diffcr_compile.routing import TokenSelector
-from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule
+from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 
 Data = TeacherStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
 Event = Callable[[str, int, int, Mapping[str, Any]], None]
@@ -101,16 +101,6 @@ def program_of(graph: object, stage: Stage) -> Program:
             f"expected a {stage.name} graph from dcr.{made_by}(), got {found}", code="DCR-U025"
         )
     return graph.program
-
-
-def cost_table(program: Program, config: RoutingConfig) -> CostTable:
-    return measure_costs(
-        program,
-        config.multiple_of,
-        config.min_keep_ratio,
-        config.max_keep_ratio,
-        skip_blocks=config.skip_blocks,
-    )
 
 
 def even_buckets(config: RoutingConfig) -> TimestepBuckets:
@@ -181,7 +171,11 @@ def export_programs(
         },
         timestep_input=first.timestep_input,
         sample_input=first.sample_input,
-        budget={"metric": "macs", "asked": schedule.asked, "reached": schedule.reached},
+        budget={
+            "metric": schedule.metric,
+            "asked": schedule.asked,
+            "reached": schedule.reached,
+        },
         parity_tolerance=tolerance,
         targets=targets,
         describe=lambda folder: write_recipe_files(folder, programs, learned, guidance),
@@ -252,7 +246,7 @@ def learn(
         program,
         states,
         config.calibration,
-        cost_table(program, config.routing),
+        budget_costs(program, config),
         states.buckets or even_buckets(config.routing),
         budget,
         folder=folder,

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from diffcr_compile.budgets import table_facts
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.schedule import CostTable, TokenSchedule, cost_of
+from diffcr_compile.schedule import UNITS, CostTable, TokenSchedule, cost_of
 
 if TYPE_CHECKING:
     from diffcr_compile.resumable import Compiled
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 # Small enough that nobody sees the difference, large enough for a solver over whole tokens.
 BUDGET_SLACK = 0.01
+# Blocks alone and in the model differ by caches and scheduling; beyond this the table is doubtful.
+TABLE_SLACK = 0.1
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -40,17 +43,26 @@ def build_report(
     """The report, without seconds and memory, which the workspace adds."""
     schedule, costs = compiled.frozen[0].schedule, compiled.costs
     assert schedule is not None
-    reached = cost_of(costs, schedule) / costs.dense
+    macs = cost_of(costs, schedule) / costs.dense
+    reached = macs if schedule.metric == "macs" else schedule.reached
+    assert reached is not None
+    unit = UNITS[schedule.metric]
     units = {spec.name: spec.members for spec in compiled.routed.blocks}
     size = measure_size(folder)
     parity = parity_section(compiled)
     report: dict[str, Any] = {
         "schema_version": 1,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "title": f"{compiled.name} at {schedule.asked:.0%} of its MACs",
+        "title": f"{compiled.name} at {schedule.asked:.0%} of its {unit}",
         "model": model_section(compiled),
-        "budget": {"metric": "macs", "asked": schedule.asked, "reached": reached},
-        "speedup": {"macs_implied": 1 / reached, **speed},
+        "budget": {
+            "metric": schedule.metric,
+            "asked": schedule.asked,
+            "reached": reached,
+            "macs": macs,
+            "table": table_facts(config.budget),
+        },
+        "speedup": {"macs_implied": 1 / macs, **speed},
         "parity": parity,
         "size": size,
         "quality": quality,
@@ -66,7 +78,7 @@ def build_report(
                 strict=True,
             )
         },
-        "macs": macs_section(costs, schedule, reached),
+        "macs": macs_section(costs, schedule, macs),
         "calibration": {
             "history": list(compiled.result.history),
             "settings": config.model_dump(),
@@ -74,7 +86,7 @@ def build_report(
         },
         "environment": environment(),
         "commands": [],
-        "warnings": warnings_section(schedule, reached),
+        "warnings": warnings_section(schedule, reached, table_facts(config.budget)),
     }
     report["checks"] = checks_section(report)
     report["verdict"] = "pass" if all(c["passed"] for c in report["checks"]) else "fail"
@@ -185,8 +197,21 @@ def checks_section(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def warnings_section(schedule: TokenSchedule, reached: float) -> list[str]:
+def warnings_section(
+    schedule: TokenSchedule, reached: float, table: Mapping[str, Any] | None = None
+) -> list[str]:
     found = []
+    if table and abs(table["check"]) > TABLE_SLACK:
+        found.append(
+            f"The measured blocks do not add up: the whole model took {1 + table['check']:.0%} of what the "
+            "latency table predicts for it."
+        )
+    if table and table["non_monotone"]:
+        done = "smoothed" if table["fit"] == "isotonic" else "taken as they are"
+        found.append(
+            f"Fewer tokens took longer somewhere in {len(table['non_monotone'])} blocks, such as "
+            f"{table['non_monotone'][0]}; the measured times were {done}."
+        )
     columns = {tuple(schedule.column(i).values()) for i in range(len(schedule.buckets))}
     if len(columns) == 1:
         found.append(
@@ -194,7 +219,7 @@ def warnings_section(schedule: TokenSchedule, reached: float) -> list[str]:
         )
     if schedule.asked and reached < schedule.asked * (1 - BUDGET_SLACK):
         found.append(
-            f"{reached:.1%} of the MACs was reached where {schedule.asked:.1%} was allowed."
+            f"{reached:.1%} of the {UNITS[schedule.metric]} was reached where {schedule.asked:.1%} was allowed."
         )
     return found
 

@@ -23,6 +23,7 @@ import diffcr_compile as dcr
 from benchmarks.quality.settings import Scale
 from benchmarks.quality.tuned import Trainer, autocast, flow_batch
 from benchmarks.reference import fashion_mnist
+from diffcr_compile.budgets import cost_table
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
@@ -30,7 +31,6 @@ from diffcr_compile.program import Program, run_flat, selector_name
 from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import KeepRatios, TimestepBuckets, solve_schedule
-from diffcr_compile.stages import cost_table
 
 LAMBDA = 0.3
 SMALLEST, LARGEST = 0.1, 1.0

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import diffcr_compile as dcr
+from diffcr_compile.budgets import cost_table
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.reference import demo
-from diffcr_compile.stages import cost_table
 
 TRIAL_SAMPLES = 50
 

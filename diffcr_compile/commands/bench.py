@@ -1,16 +1,25 @@
-"""``diffcr bench``: time sampling loops, dense against compressed."""
+"""``diffcr bench``: time sampling loops, dense against compressed; or what each block costs by kept tokens."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from diffcr_compile.commands.app import App
-from diffcr_compile.commands.options import AsJson, Folder
+from diffcr_compile.commands.bench_table import MeasureOptions, bench_table
+from diffcr_compile.commands.options import AsJson, Config, Inputs, PipelineFile, Settings
 from diffcr_compile.commands.terminal import print_json, say
+from diffcr_compile.errors import UsageError
 
-EXAMPLES = ("out/", "out/ --steps 50 --threads 1 --loops 2 --json")
+EXAMPLES = (
+    "out/",
+    "out/ --steps 50 --threads 1 --loops 2 --json",
+    "demo --table table.json --threads 1",
+    "python:my_model:make --kit kit/",
+)
+_MODEL = "Latency table"
 
 
 def register(app: App) -> None:
@@ -19,17 +28,63 @@ def register(app: App) -> None:
 
 
 def bench(
-    out: Folder,
+    out: Annotated[
+        str, typer.Argument(help="an artifact's folder; a MODEL with --table or --kit")
+    ],
     steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="pairs of loops")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of ONNX Runtime")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of an operator")] = None,
     loops: Annotated[int, typer.Option(min=1, help="loops side by side")] = 1,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="measure a latency table into this file", rich_help_panel=_MODEL),
+    ] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(
+            help="write a folder that measures the table on a device", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    backend: Annotated[
+        Literal["onnxruntime", "torch"],
+        typer.Option(help="what runs the blocks", rich_help_panel=_MODEL),
+    ] = "onnxruntime",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="where", rich_help_panel=_MODEL)
+    ] = "cpu",
+    stability: Annotated[
+        float,
+        typer.Option(
+            help="standard error that a figure may have, of its dense block",
+            rich_help_panel=_MODEL,
+        ),
+    ] = 0.02,
+    rounds: Annotated[
+        int, typer.Option(min=7, help="most rounds per block", rich_help_panel=_MODEL)
+    ] = 60,
+    config: Config = None,
+    set_: Settings = None,
+    inputs: Inputs = None,
+    pipeline_inputs: PipelineFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time sampling loops, dense against compressed, in turns. Writes nothing.
+    """Time sampling loops, dense against compressed, in turns, and write nothing; or, with --table, each block.
 
     Without --threads: all cores in one loop, and a loop per core; the faster way of the dense model counts.
+    A latency table says what each routed block costs by kept tokens; budget.metric=latency solves over it.
     """
+    if table is None and kit is None:
+        if config or set_ or inputs or pipeline_inputs:
+            raise UsageError("settings and inputs of a model belong to --table or --kit")
+        _loops(Path(out), steps, repeats, threads, loops, as_json)
+        return
+    options = MeasureOptions(backend, device, threads, stability, rounds)
+    bench_table(out, table, kit, options, (config, set_, inputs, pipeline_inputs), as_json)
+
+
+def _loops(
+    out: Path, steps: int, repeats: int, threads: int | None, loops: int, as_json: bool
+) -> None:
     from diffcr_compile.bench import best_sampling_loops, sampling_loops
     from diffcr_compile.manifest import read_manifest
 

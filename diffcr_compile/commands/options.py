@@ -12,7 +12,12 @@ import yaml
 from diffcr_compile.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="the artifact's folder")]
-Budget = Annotated[str, typer.Option(help="share of the dense MACs, such as 60%")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="share of the dense model's cost, such as 60%: MACs, or latency with budget.metric"
+    ),
+]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="one setting, such as calibration.steps=200")

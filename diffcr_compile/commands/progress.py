@@ -85,5 +85,5 @@ def _figures(figures: Mapping[str, Any]) -> str:
         return ""
     return (
         f"loss {figures['loss']:.4f}  mean keep ratio {figures['mean_keep_ratio']:.3f}  "
-        f"MACs {figures['reached']:.1%} of {figures['budget']:.1%}"
+        f"cost {figures['reached']:.1%} of {figures['budget']:.1%}"
     )

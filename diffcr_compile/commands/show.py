@@ -27,6 +27,7 @@ def show(out: Folder, as_json: AsJson = False) -> None:
     for block, kept in manifest.schedule.items():
         table.add_row(block, *map(str, kept), str(manifest.num_tokens[block]))
     console.print(table)
+    unit = {"macs": "MACs"}.get(manifest.budget["metric"], manifest.budget["metric"])
     asked, reached = manifest.budget["asked"], manifest.budget["reached"]
     if asked is not None and reached is not None:
-        console.print(f"budget: {asked:.1%} of the dense MACs asked, {reached:.2%} reached")
+        console.print(f"budget: {asked:.1%} of the dense {unit} asked, {reached:.2%} reached")

@@ -20,6 +20,7 @@ _PUBLIC = {
     "DiffusersTransformer": "diffcr_compile.drop_in",
     "FlowEuler": "diffcr_compile.calibrate.samplers",
     "KeepRatios": "diffcr_compile.schedule",
+    "LatentStates": "diffcr_compile.calibrate.latents",
     "Plan": "diffcr_compile.api",
     "SchedulerSampler": "diffcr_compile.calibrate.samplers",
     "TimestepBuckets": "diffcr_compile.schedule",

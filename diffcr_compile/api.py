@@ -211,8 +211,8 @@ def calibrate(
 
     Args:
         routed: from :func:`route`. With ``train: all`` it gets its own copy of the weights first.
-        data: inputs by name in batches (the dense model answers them), ready teacher states, an
-            opened pipeline to run, or None for teacher rollouts.
+        data: inputs by name in batches (the dense model answers them), ready teacher states, clean
+            latents (:class:`LatentStates`), an opened pipeline to run, or None for teacher rollouts.
         budget: share of the dense model's cost, ``"60%"`` or 0.6; ``config.budget`` says which cost.
         config: settings; defaults are in ``config.py``.
         sampler: for rollouts; flow-matching Euler steps by default.

@@ -19,6 +19,7 @@ from diffcr_compile.calibrate.data import (
     label_states,
     roll_out,
 )
+from diffcr_compile.calibrate.latents import LatentStates
 from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
 from diffcr_compile.calibrate.pipelines import PipelineRuns
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
@@ -40,7 +41,7 @@ from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 
-Data = TeacherStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
+Data = TeacherStates | LatentStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
 Event = Callable[[str, int, int, Mapping[str, Any]], None]
 
 
@@ -118,15 +119,18 @@ def teacher_states(
 ) -> TeacherStates:
     if isinstance(data, TeacherStates):
         return data
-    if data is not None and not isinstance(data, PipelineRuns):
-        return label_states(program, data)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
 
     def shard_done(stage: str, done: int, count: int) -> None:
         if progress:
             progress(stage, done, count, {})
 
+    if isinstance(data, LatentStates):
+        buckets = even_buckets(config.routing)
+        return data.teacher_states(program, buckets, config.calibration.seed, shard_done)
+    if data is not None and not isinstance(data, PipelineRuns):
+        return label_states(program, data)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     if data is not None:
         return data.teacher_states(
             program,

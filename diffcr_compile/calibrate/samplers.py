@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffcr_compile.errors import UsageError
+
 
 class Sampler(Protocol):
     """What a rollout needs: the timesteps, and one step from one to the next."""
@@ -36,6 +38,13 @@ class FlowEuler:
         return noise
 
     def step(self, output: Tensor, index: int, state: Tensor) -> Tensor:
+        if output.shape != state.shape:
+            raise UsageError(
+                f"the model's output {tuple(output.shape)} is no velocity of its sample "
+                f"{tuple(state.shape)}, so it cannot be rolled out; pass data=dcr.LatentStates(...), or a "
+                "sampler of your own",
+                code="DCR-U062",
+            )
         return state - output / self.steps
 
 

@@ -33,6 +33,7 @@ _PUBLIC = {
     "load": "diffcr_compile.runtime",
     "remove": "diffcr_compile.api",
     "route": "diffcr_compile.api",
+    "suggest": "diffcr_compile.suggestions",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -21,6 +21,7 @@ from diffcr_compile.commands import (
     report,
     run,
     show,
+    suggest,
     validate,
 )
 from diffcr_compile.commands.app import App
@@ -30,6 +31,7 @@ from diffcr_compile.errors import INTERRUPTED, DiffCRError, one_line
 VERBS = (
     doctor,
     inspect,
+    suggest,
     compile,
     validate,
     lint,

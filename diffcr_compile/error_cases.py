@@ -112,6 +112,8 @@ _ROWS = (
      "Measure it again with the settings that you compile with, on a quiet machine; --stability says how exact it must be."),
     ("DCR-U062", "latents for calibration do not fit", "dcr.LatentStates was given no latents, wrong shapes or inputs, timesteps out of range, or a scheduler that does not mix as the prediction type says.",
      "Change what the message names; see the attributes of dcr.LatentStates."),
+    ("DCR-U063", "nothing to suggest from", "No budget that was asked for is reachable, or a timestep bucket has too few states to learn from and to check with.",
+     "Ask for budgets above the smallest that the message names; raise rollouts.trajectories."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from diffcr_compile import bench
 from diffcr_compile.attachments import checkpointing_off, prepared
 from diffcr_compile.budgets import budget_costs, budget_identity, cost_table
-from diffcr_compile.calibrate.data import (
-    Conditions,
-)
+from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
-from diffcr_compile.manifest import (
-    Manifest,
-)
+from diffcr_compile.export.precision import HALF_TOLERANCE
+from diffcr_compile.manifest import Manifest
 from diffcr_compile.opened import (
     ExampleInputs,
     PipelineInputs,
@@ -36,11 +34,7 @@ from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.planning.inspection import Plan, make_plan
 from diffcr_compile.planning.targets import find_target, find_targets, largest_topk
-from diffcr_compile.program import (
-    DiTGraph,
-    Stage,
-    with_batch,
-)
+from diffcr_compile.program import DiTGraph, Stage, with_batch
 from diffcr_compile.resumable import (
     Compiled,
     Evaluate,
@@ -51,10 +45,7 @@ from diffcr_compile.resumable import (
     reported,
 )
 from diffcr_compile.runtime import Runner, load
-from diffcr_compile.schedule import (
-    TokenSchedule,
-    check_budget,
-)
+from diffcr_compile.schedule import TokenSchedule, check_budget
 from diffcr_compile.stages import (
     Data,
     Event,
@@ -62,9 +53,11 @@ from diffcr_compile.stages import (
     captured,
     export_programs,
     frozen_parity,
+    half_settings,
     learn,
     program_of,
     routed_program,
+    sampling_states,
     teacher_states,
     uniform_schedule,
 )
@@ -279,6 +272,8 @@ def export(
     parity_tolerance: float = 1e-4,
     target: str | Sequence[str] | None = None,
     profiles: bool = True,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    states: Iterable[Mapping[str, Tensor]] = (),
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
 
@@ -289,6 +284,9 @@ def export(
         parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
         target: where the graphs will run; freeze them for the same targets.
         profiles: also write one graph for several buckets, for an engine with the weights once.
+        precision: type of matrix products and attention; all else stays fp32.
+        states: inputs by name on which fp16 is tried, best all of a sampling run: blocks whose values come
+            near the end of fp16 there stay fp32.
 
     Raises:
         AccuracyError: ONNX Runtime differs from a FROZEN graph by more than the tolerance.
@@ -296,8 +294,15 @@ def export(
     """
     targets = find_targets(target)
     programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
+    half = None if precision == "fp32" else half_settings(programs, HALF_TOLERANCE, states)
     manifest = export_programs(
-        programs, Path(out), name, parity_tolerance, targets=targets, profiles=profiles
+        programs,
+        Path(out),
+        name,
+        parity_tolerance,
+        targets=targets,
+        profiles=profiles,
+        half=half,
     )
     return Artifact(Path(out), manifest)
 
@@ -384,15 +389,22 @@ def compile(
             graphs = freeze(routed.module, result, target=config.export.target)
             frozen = [graph.program for graph in graphs]
             ladder += [frozen_parity(routed, program) for program in frozen]
-        manifest = exported(space, key, frozen, name, config, progress)
+        timesteps = list(runs.timesteps) if runs else sampler.timesteps
+        states = functools.partial(
+            sampling_states,
+            frozen,
+            timesteps,
+            None if runs else sampler,
+            config.calibration.seed,
+        )
+        manifest = exported(space, key, frozen, name, config, progress, states)
         dense_exported(space, fingerprint(identity, config.export.batch), dense)
-        rungs = (*manifest.parity["buckets"], *manifest.parity["profiles"])
-        ladder += [Parity(**row) for row in rungs]
+        rungs = [manifest.parity[part] for part in ("precision", "buckets", "profiles")]
+        ladder += [Parity(**row) for rows in rungs for row in rows]
         compiled = Compiled(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )
         with space.stage("benchmark", key):
-            timesteps = list(runs.timesteps) if runs else sampler.timesteps
             speed = bench.best_sampling_loops(space.folder, timesteps)
         quality = evaluated(space, key, evaluate)
         report = reported(space, compiled, config, speed, quality)

@@ -188,6 +188,16 @@ class ExportConfig(_Section):
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )
+    precision: Literal["fp32", "fp16"] = Field(
+        default="fp32",
+        description="type of matrix products and attention; the residual stream, norms, modulation and routers "
+        "stay fp32, and so do blocks whose values would overflow",
+    )
+    precision_tolerance: float = Field(
+        default=5e-3,
+        gt=0,
+        description="largest relative L2 of fp16 - fp32, on every state tried",
+    )
     profiles: bool = Field(
         default=True,
         description="also one graph for several timestep buckets, for a TensorRT engine that holds the "

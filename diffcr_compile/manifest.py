@@ -63,6 +63,8 @@ class Manifest:
             bucket: onnx (relative path), buckets, kept_inputs (input -> block whose kept tokens are its
             length) and remark (why it serves no more buckets, or ""). Together they serve every bucket;
             none if they were not exported.
+        precision: type of the matrix products in the graphs, ``fp32`` or ``fp16``; of fp16 also which
+            blocks are float32 islands, and the ranges that say why.
         schema_version: of this structure.
     """
 
@@ -83,6 +85,7 @@ class Manifest:
     stages: Mapping[str, str]
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     profile_graphs: Sequence[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    precision: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "fp32"})
     schema_version: int = SCHEMA_VERSION
 
 
@@ -236,6 +239,11 @@ def _check_form(path: Path, manifest: Manifest) -> None:
                 f"{path}: a timestep bucket goes from {str(low)[:40]} to {str(high)[:40]}. {_AGAIN}",
                 code="DCR-A002",
             )
+    precision = manifest.precision
+    if not isinstance(precision, dict) or precision.get("type") not in ("fp32", "fp16"):
+        raise ArtifactError(
+            f"{path}: precision must have the type fp32 or fp16. {_AGAIN}", code="DCR-A002"
+        )
     if not isinstance(manifest.constants, dict):
         raise ArtifactError(
             f"{path}: constants must map arguments to values. {_AGAIN}", code="DCR-A002"

@@ -36,6 +36,7 @@ from diffcr_compile.stages import (
     Data,
     Event,
     export_programs,
+    half_settings,
     learn,
     teacher_states,
 )
@@ -110,7 +111,9 @@ def exported(
     name: str,
     config: CompileConfig,
     progress: Event | None,
+    states: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
 ) -> Manifest:
+    """The artifact, or the one of an earlier run; `states` are those that fp16 is tried on."""
     key = fingerprint(key, config.export.model_dump())
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
@@ -126,6 +129,9 @@ def exported(
             find_targets(config.export.target),
             learned="model/routed.safetensors",
             profiles=config.export.profiles,
+            half=None
+            if config.export.precision == "fp32"
+            else half_settings(frozen, config.export.precision_tolerance, states()),
         )
 
 

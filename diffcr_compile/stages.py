@@ -28,6 +28,7 @@ from diffcr_compile.config import CompileConfig, RoutingConfig
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
+from diffcr_compile.export.precision import HalfSettings
 from diffcr_compile.export.recipe_files import write_recipe_files
 from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.manifest import Manifest
@@ -161,6 +162,7 @@ def export_programs(
     learned: str | None = None,
     guidance: Mapping[str, Any] | None = None,
     profiles: bool = True,
+    half: HalfSettings | None = None,
 ) -> Manifest:
     first = programs[0]
     schedule = first.schedule
@@ -184,10 +186,57 @@ def export_programs(
         targets=targets,
         describe=lambda folder: write_recipe_files(folder, programs, learned, guidance),
         profiles=profiles,
+        half=half,
         progress=(lambda done, count: progress("export", done, count, {}))
         if progress
         else None,
     )
+
+
+@torch.no_grad()
+def sampling_states(
+    frozen: Sequence[Program], timesteps: Sequence[float], sampler: Sampler | None, seed: int
+) -> list[dict[str, Tensor]]:
+    """Inputs of a whole sampling run of FROZEN programs, from noise to the end.
+
+    Args:
+        frozen: one program per timestep bucket.
+        timesteps: in sampling order.
+        sampler: makes the next sample; None where it is not ours (a pipeline's), then every step has
+            the example's sample.
+        seed: of the noise.
+    """
+    first = frozen[0]
+    schedule, name, sample = first.schedule, first.timestep_input, first.sample_input
+    if name is None or sample is None or schedule is None:
+        return []
+    example = dict(first.example)
+    state = example[sample]
+    if sampler is not None:
+        noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed))
+        state = sampler.start(noise.to(state.dtype))
+    found = []
+    for step, timestep in enumerate(timesteps):
+        time = example[name]
+        inputs = {**example, sample: state, name: torch.full_like(time, timestep)}
+        found.append(inputs)
+        if sampler is not None:
+            program = frozen[schedule.buckets.index_of(timestep)]
+            state = sampler.step(run_flat(program, inputs)[0], step, state)
+    return found
+
+
+def half_settings(
+    frozen: Sequence[Program], tolerance: float, states: Iterable[Mapping[str, Tensor]]
+) -> HalfSettings:
+    """Settings with each of the states in its timestep bucket."""
+    name, schedule = frozen[0].timestep_input, frozen[0].schedule
+    assert schedule is not None
+    buckets: list[list[Mapping[str, Tensor]]] = [[] for _ in frozen]
+    for state in states:
+        value = 0.0 if name is None else float(state[name].flatten()[0])
+        buckets[0 if name is None else schedule.buckets.index_of(value)].append(state)
+    return HalfSettings(tolerance, buckets)
 
 
 def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:

@@ -34,24 +34,29 @@ def validate_artifact(folder: Path, bisect: bool = False) -> list[dict[str, Any]
     """
     manifest = read_manifest(folder)
     verify_artifact(folder, manifest)
-    tolerance = manifest.parity["tolerance"]
+    gate = manifest.parity["tolerance"], manifest.parity["measure"]
     rows: list[Parity] = []
     for bucket in manifest.buckets:
         inputs, outputs = read_golden(folder / bucket["golden"])
         found = run_onnx(folder / bucket["onnx"], inputs)
         row = compare(
-            "golden -> ONNX Runtime", found, outputs, tolerance, bucket=bucket["index"]
+            "golden -> ONNX Runtime",
+            found,
+            outputs,
+            gate[0],
+            bucket["index"],
+            gate[1],
         )
         rows.append(row)
     for graph in manifest.profile_graphs:
         step = f"golden -> ONNX Runtime, {graph['onnx']}"
-        rows += compare_open_graph(folder, graph, manifest.schedule, step, tolerance)
+        rows += compare_open_graph(folder, graph, manifest.schedule, step, gate)
     for row in rows:
         if not row.passed:
             where = _suspect(folder, manifest, row.bucket) if bisect else ""
             raise AccuracyError(
                 f"bucket {row.bucket} of {folder} ({row.step}) differs from its golden outputs by "
-                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {tolerance:.0e}"
+                f"{row.max_abs:.1e} ({row.non_finite} values NaN or infinite), allowed {gate[0]:.0e}"
                 f"{where}",
                 code="DCR-Q001",
             )

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from diffcr_compile.errors import (
-    AccuracyError,
     ResourceError,
-    UnsupportedModelError,
     UsageError,
-    one_line,
 )
 from diffcr_compile.export.activation_memory import write_activations
 from diffcr_compile.export.bisect import write_block_values
+from diffcr_compile.export.checks import Checks, check_valid
 from diffcr_compile.export.device.script import write_script
-from diffcr_compile.export.golden import golden_path, read_golden, write_golden
+from diffcr_compile.export.golden import golden_path, write_golden
 from diffcr_compile.export.lint import lint_file, refuse
 from diffcr_compile.export.manifest_rows import (
     bucket_rows,
@@ -40,9 +38,8 @@ from diffcr_compile.export.onnx_model import (
     export_graph,
     onnx_from_program,
 )
-from diffcr_compile.export.parity import Parity, compare, run_onnx
+from diffcr_compile.export.precision import HalfSettings, half_graphs
 from diffcr_compile.export.profiles_graph import (
-    check_profiles_graph,
     tensorrt_topk,
     write_profiles_graphs,
 )
@@ -61,6 +58,7 @@ from diffcr_compile.program import Program, Stage, run_flat
 
 InputsFor = Callable[[int], Mapping[str, Tensor]]
 Progress = Callable[[int, int], None]
+Export = Callable[[Program], tuple[onnx.ModelProto, dict[str, str]]]
 # A protobuf message cannot be larger.
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 _STAGING = f".export{PARTIAL_SUFFIX}"
@@ -80,6 +78,7 @@ def export_artifact(
     targets: Sequence[Target] = (),
     describe: Callable[[Path], None] | None = None,
     profiles: bool = True,
+    half: HalfSettings | None = None,
 ) -> Manifest:
     """Write onnx/, golden/, model/*.json, build_on_device.sh and, last, manifest.json.
 
@@ -100,6 +99,7 @@ def export_artifact(
         targets: devices that must take every graph.
         describe: writes more files into the model/ of the folder that it is given.
         profiles: also write the graphs of several buckets, for engines with optimization profiles.
+        half: matrix products and attention in float16, and how it is checked; None for float32.
 
     Raises:
         UsageError: the programs are not the buckets of one schedule, or an input is unknown.
@@ -110,20 +110,27 @@ def export_artifact(
     """
     _check_programs(frozen, timestep_input, sample_input)
     inputs_for = inputs_for or _middle_inputs(frozen[0], timestep_input)
+    made = None if half is None else half_graphs(frozen, half, inputs_for)
     with _staging(folder) as staging:
         topk = tensorrt_topk(targets) if profiles else None
-        graphs, shared = _write_graphs(frozen, staging, inputs_for, progress, profiles, topk)
+        graphs, shared = _write_graphs(
+            frozen,
+            staging,
+            inputs_for,
+            progress,
+            profiles,
+            topk,
+            made.export if made else None,
+        )
         write_activations(staging, graphs)
         every = [*graphs, *(row["onnx"] for row in shared)]
         _suit(staging, every, targets, tuple(b.name for b in frozen[0].blocks))
-        rows = [
-            _check_bucket(staging, graphs[bucket], bucket, parity_tolerance)
-            for bucket in range(len(frozen))
-        ]
+        checks = Checks(staging, parity_tolerance, half, made)
+        rows = [checks.bucket(graphs[bucket], bucket) for bucket in range(len(frozen))]
         write_block_values(staging, graphs, [golden_path(b) for b in range(len(frozen))])
+        shared_rows = [parity for row in shared for parity in checks.shared(row, frozen[0])]
         if describe is not None:
             describe(staging)
-        shared_rows = _check_shared(staging, shared, frozen[0], parity_tolerance)
         _publish(staging, folder)
     manifest = Manifest(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -138,11 +145,14 @@ def export_artifact(
         schedule=schedule_of(frozen[0])["kept_tokens"],
         num_tokens=schedule_of(frozen[0])["num_tokens"],
         budget=dict(budget),
-        parity=parity_section(rows, shared_rows, parity_tolerance),
+        parity=parity_section(
+            rows, shared_rows, (*made.rows, *checks.widened) if made else ()
+        ),
         files=hash_files(folder),
         stages={"freeze": "done", "export": "done", "validate": "done"},
         constants=constant_rows(frozen[0]),
         profile_graphs=shared,
+        precision=made.to_json() if made else {"type": "fp32"},
     )
     write_script(folder, manifest)
     write_manifest(folder, manifest)
@@ -160,18 +170,7 @@ def export_dense(captured: Program, path: Path) -> None:
         write_shared_weights({path.name: model}, path.parent, f"{path.stem}.weights.bin")
     else:
         atomic_write_bytes(path, model.SerializeToString(deterministic=True))
-    _check_valid(path)
-
-
-def _check_valid(path: Path) -> None:
-    """Raise UnsupportedModelError unless the file is valid ONNX."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"torch.onnx.export made an invalid graph of this model: {one_line(error)}. Replace the op "
-            "that it names by plain torch ops."
-        ) from error
+    check_valid(path)
 
 
 def _check_programs(
@@ -212,6 +211,7 @@ def _write_graphs(
     progress: Progress | None,
     profiles: bool,
     max_topk: int | None,
+    export: Export | None,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Write graphs, weights, golden files and maps; each bucket's path, and the graphs of several."""
     paths: list[str] = []
@@ -220,7 +220,7 @@ def _write_graphs(
     with WeightsWriter(staging / "onnx" / WEIGHTS_FILE) as writer:
 
         def write(program: Program, path: str) -> None:
-            model, nodes[path] = export_graph(program)
+            model, nodes[path] = (export or export_graph)(program)
             writer.externalize(model)
             atomic_write_bytes(staging / path, model.SerializeToString(deterministic=True))
 
@@ -274,35 +274,6 @@ def _suit(
     maps = json.loads((staging / "model/node_map.json").read_text(encoding="utf-8"))
     for graph in dict.fromkeys(graphs if targets else ()):
         refuse(lint_file(staging / graph, targets, maps[graph], blocks))
-
-
-def _check_bucket(staging: Path, graph: str, bucket: int, tolerance: float) -> Parity:
-    """ONNX Runtime against what FROZEN gave, which is in the golden file."""
-    _check_valid(staging / graph)
-    inputs, expected = read_golden(staging / golden_path(bucket))
-    found = run_onnx(staging / graph, inputs)
-    row = compare("FROZEN -> ONNX Runtime", found, expected, tolerance, bucket)
-    if not row.passed:
-        raise AccuracyError(
-            f"bucket {bucket}: ONNX Runtime differs from FROZEN by {row.max_abs:.1e} (relative L2 "
-            f"{row.rel_l2:.1e}, {row.non_finite} values NaN or infinite), allowed {tolerance:.0e}. "
-            "Check that timestep_high is the model's own (1 for some, 1000 for most): sines of far "
-            "too large timesteps differ between executors. Two tokens of nearly equal score may "
-            "also swap at the cut; then raise parity_tolerance. Else a graph is wrong: report it."
-        )
-    return row
-
-
-def _check_shared(
-    staging: Path, shared: Sequence[dict[str, Any]], program: Program, tolerance: float
-) -> list[Parity]:
-    """The graphs of several buckets against what FROZEN gave in each."""
-    assert program.schedule is not None
-    rows = []
-    for row in shared:
-        _check_valid(staging / row["onnx"])
-        rows += check_profiles_graph(staging, row, program.schedule, tolerance)
-    return rows
 
 
 @contextlib.contextmanager

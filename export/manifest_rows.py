@@ -70,14 +70,18 @@ def output_specs(folder: Path) -> list[dict[str, Any]]:
 
 
 def parity_section(
-    rows: Sequence[Parity], shared: Sequence[Parity], tolerance: float
+    rows: Sequence[Parity], shared: Sequence[Parity], precision: Sequence[Parity]
 ) -> dict[str, Any]:
+    """The gate, the worst figures, and every row."""
+    every = (*rows, *shared, *precision)
     return {
-        "tolerance": tolerance,
-        "max_abs": max(row.max_abs for row in (*rows, *shared)),
-        "rel_l2": max(row.rel_l2 for row in (*rows, *shared)),
+        "tolerance": max(row.tolerance for row in rows),
+        "measure": rows[0].measure,
+        "max_abs": max(row.max_abs for row in every),
+        "rel_l2": max(row.rel_l2 for row in every),
         "buckets": [dataclasses.asdict(row) for row in rows],
         "profiles": [dataclasses.asdict(row) for row in shared],
+        "precision": [dataclasses.asdict(row) for row in precision],
     }
 
 

@@ -15,7 +15,7 @@ import onnx
 import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.logical_where import say_where_in_logic
@@ -60,8 +60,38 @@ def onnx_from_program(program: Program) -> ModelProto:
 
 def export_graph(program: Program) -> tuple[ModelProto, dict[str, str]]:
     """The ONNX graph and its :func:`node_map`."""
+    return graph_from_exported(exported_program(program), program)
+
+
+def exported_program(program: Program) -> ExportedProgram:
+    """The program as plain ATen ops that ONNX can say, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: the exporter fails.
+    """
     refuse_bfloat16(program)
-    model = _torch_export(program)
+    flat = FlatCall(program)
+    with evaluating(flat), _quiet(), _named_failures(program):
+        return lower_for_onnx(
+            torch.export.export(
+                flat,
+                tuple(program.example.values()),
+                dynamic_shapes=_open_lengths(program),
+                strict=False,
+            )
+        )
+
+
+def graph_from_exported(
+    exported: ExportedProgram, program: Program
+) -> tuple[ModelProto, dict[str, str]]:
+    """The ONNX graph and its node map of what :func:`exported_program` made of `program`."""
+    with _quiet(), _named_failures(program):
+        made = torch.onnx.export(
+            exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=True
+        )
+    assert made is not None
+    model: ModelProto = made.model_proto
     check_standard(model)
     say_where_in_logic(model)
     _merge_equal_constants(model)
@@ -141,31 +171,16 @@ def _computing_in_bfloat16(model: ModelProto) -> set[str]:
     }
 
 
-def _torch_export(program: Program) -> ModelProto:
-    flat = FlatCall(program)
+@contextlib.contextmanager
+def _named_failures(program: Program) -> Iterator[None]:
+    """Whatever the exporter raises becomes an UnsupportedModelError."""
     try:
-        with evaluating(flat), _quiet():
-            exported = torch.export.export(
-                flat,
-                tuple(program.example.values()),
-                dynamic_shapes=_open_lengths(program),
-                strict=False,
-            )
-            made = torch.onnx.export(
-                lower_for_onnx(exported),
-                dynamo=True,
-                opset_version=OPSET,
-                verbose=False,
-                optimize=True,
-            )
+        yield
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.onnx.export failed on the {program.stage.name} graph: {_root_cause(error)}. "
             "Replace the op that it names by plain torch ops."
         ) from error
-    assert made is not None
-    model: ModelProto = made.model_proto
-    return model
 
 
 def _open_lengths(program: Program) -> tuple[Any, ...] | None:

@@ -7,12 +7,10 @@ buckets' own graphs stay as they are; both lie over the same weights file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffcr_compile.errors import AccuracyError, UnsupportedModelError, UsageError
-from diffcr_compile.export.parity import Parity, compare_open_graph
+from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.open_kept_tokens import OpenKeptTokens
@@ -152,28 +150,6 @@ def write_profiles_graphs(
             continue
         rows.append(_row(path, group.buckets, dict(program.kept_inputs), group.remark))
         written += 1
-    return rows
-
-
-def check_profiles_graph(
-    folder: Path, row: Mapping[str, Any], schedule: TokenSchedule, tolerance: float
-) -> list[Parity]:
-    """ONNX Runtime against FROZEN for every bucket that a graph with open K serves.
-
-    Raises:
-        AccuracyError: a bucket differs by more than the tolerance.
-    """
-    step = f"FROZEN -> ONNX Runtime, {row['onnx']}"
-    rows = list(compare_open_graph(folder, row, schedule.kept_tokens, step, tolerance))
-    for parity in rows:
-        if not parity.passed:
-            raise AccuracyError(
-                f"bucket {parity.bucket}: {row['onnx']}, the graph of several buckets, differs from "
-                f"FROZEN by {parity.max_abs:.1e} (relative L2 {parity.rel_l2:.1e}, "
-                f"{parity.non_finite} values NaN or infinite), allowed {tolerance:.0e}. The bucket's "
-                "own graph passed. Raise parity_tolerance if two tokens of nearly equal score swap at "
-                "the cut, export with profiles=False, or report it."
-            )
     return rows
 
 

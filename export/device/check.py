@@ -38,8 +38,9 @@ class Backend(Protocol):
 
 def tolerance_of(manifest: Manifest) -> float:
     """Largest relative L2 of an engine of this artifact: by the type that its graphs compute in."""
-    precision = manifest.parity.get("precision", "float32")
-    return FLOAT_TOLERANCE if precision == "float32" else HALF_TOLERANCE
+    if manifest.precision["type"] == "fp32":
+        return FLOAT_TOLERANCE
+    return max(HALF_TOLERANCE, float(manifest.parity["tolerance"]))
 
 
 def compare_with_golden(

@@ -1,0 +1,118 @@
+"""Every graph of an artifact in the making, held to the program that it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from diffcr_compile.errors import AccuracyError, UnsupportedModelError, one_line
+from diffcr_compile.export.golden import golden_path, read_golden
+from diffcr_compile.export.parity import Parity, compare, compare_open_graph, run_onnx
+from diffcr_compile.export.precision import HalfGraphs, HalfSettings
+from diffcr_compile.export.widened import write_widened
+from diffcr_compile.program import Program
+
+STEP = "FROZEN -> ONNX Runtime"
+WIDE_STEP = "float16 -> ONNX Runtime, every float16 taken as float32"
+# ONNX Runtime rounds a float16 graph as it likes; what a golden output may be off by is what it is off here,
+# and as much again for another version of it.
+_AGAIN = 2.0
+
+
+@dataclasses.dataclass
+class Checks:
+    """ONNX Runtime against FROZEN; a float16 graph also against its program, to the last digits.
+
+    Attributes:
+        folder: where the graphs and golden files are.
+        tolerance: largest absolute difference where both sides round alike.
+        settings: of float16; None for float32.
+        half: the float16 programs.
+        widened: what float16 graphs were strictly held to, filled by the checks.
+    """
+
+    folder: Path
+    tolerance: float
+    settings: HalfSettings | None
+    half: HalfGraphs | None
+    widened: list[Parity] = dataclasses.field(default_factory=list)
+
+    def bucket(self, graph: str, bucket: int) -> Parity:
+        """The graph of a bucket against its golden outputs.
+
+        Raises:
+            AccuracyError: it differs by more than the tolerance.
+        """
+        path = self.folder / graph
+        check_valid(path)
+        inputs, golden = read_golden(self.folder / golden_path(bucket))
+        found = run_onnx(path, inputs)
+        if self.half is None or self.settings is None:
+            row = compare(STEP, found, golden, self.tolerance, bucket)
+            return _passed(row, graph)
+        wide = self._wide(graph)
+        expected = self.half.wide_outputs(bucket, inputs)
+        strict = compare(WIDE_STEP, run_onnx(wide, inputs), expected, self.tolerance, bucket)
+        self.widened.append(_passed(strict, graph))
+        row = compare(STEP, found, golden, self.settings.tolerance, bucket, "rel_l2")
+        allowed = max(self.settings.tolerance, _AGAIN * row.rel_l2)
+        return _passed(
+            dataclasses.replace(row, tolerance=allowed, passed=row.non_finite == 0), graph
+        )
+
+    def shared(self, row: Mapping[str, Any], program: Program) -> list[Parity]:
+        """A graph of several buckets, at each of them; none if it is the graph of its bucket.
+
+        Raises:
+            AccuracyError: a bucket differs by more than the tolerance.
+        """
+        if not row["kept_inputs"]:
+            return []
+        assert program.schedule is not None
+        graph = str(row["onnx"])
+        path, half = self.folder / graph, self.half
+        check_valid(path)
+        rows = compare_open_graph(
+            self.folder,
+            row,
+            program.schedule.kept_tokens,
+            f"{STEP if half is None else WIDE_STEP}, {graph}",
+            (self.tolerance, "max_abs"),
+            path=path if half is None else self._wide(graph),
+            expected=None if half is None else half.wide_outputs,
+        )
+        return [_passed(found, graph) for found in rows]
+
+    def _wide(self, graph: str) -> Path:
+        """The graph with float32 in the place of float16, made once."""
+        path = self.folder / "widened" / Path(graph).name
+        if not path.exists():
+            write_widened(self.folder / graph, path)
+        return path
+
+
+def check_valid(path: Path) -> None:
+    """Raise UnsupportedModelError unless the file is valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"torch.onnx.export made an invalid graph of this model: {one_line(error)}. Replace the op "
+            "that it names by plain torch ops."
+        ) from error
+
+
+def _passed(row: Parity, graph: str) -> Parity:
+    if not row.passed:
+        raise AccuracyError(
+            f"bucket {row.bucket}, {graph}: {row.step} differs by {row.max_abs:.1e} (relative L2 "
+            f"{row.rel_l2:.1e}, {row.non_finite} values NaN or infinite), allowed {row.tolerance:.0e}. "
+            "Check that timestep_high is the model's own (1 for some, 1000 for most): sines of far "
+            "too large timesteps differ between executors. Two tokens of nearly equal score may "
+            "also swap at the cut; then raise parity_tolerance. Else a graph is wrong: report it."
+        )
+    return row

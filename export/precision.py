@@ -1,0 +1,178 @@
+"""Which blocks may compute in float16, found on states that the model meets, and the graphs made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from onnx import ModelProto
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from diffcr_compile.errors import AccuracyError
+from diffcr_compile.export.half import compute_in_half
+from diffcr_compile.export.half_run import LARGEST_HALF, HalfRun, Range, Ranges, WideRun
+from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.parity import Parity, compare
+from diffcr_compile.program import Program
+
+States = Sequence[Sequence[Mapping[str, Tensor]]]
+# A block whose products come nearer than this to the end of float16 stays in float32: states that were
+# not looked at may be larger.
+HEADROOM = 4.0
+# Relative L2 from float32. Products of hundreds to thousands of terms, rounded to 11 bits, through tens of
+# blocks end near 1e-3; tokens that swap at the cut of a TopK add some.
+HALF_TOLERANCE = 5e-3
+STEP = "FROZEN -> float16, products rounded as in hardware"
+OUTSIDE = "outside of the blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfSettings:
+    """How float16 is checked.
+
+    Attributes:
+        tolerance: largest relative L2 difference from float32, on every state.
+        states: inputs of each bucket, best those of a whole sampling run; the golden ones are always
+            looked at too.
+        islands: blocks that stay in float32, "" for what lies outside of blocks; None for those that the
+            states show to need it.
+    """
+
+    tolerance: float = HALF_TOLERANCE
+    states: States | None = None
+    islands: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfGraphs:
+    """FROZEN programs in float16, checked on states.
+
+    Attributes:
+        islands: blocks that stay in float32, "" for what lies outside of blocks.
+        ranges: block -> the largest value that its products read or write, over all states.
+        states: how many inputs were looked at.
+        swapped: share of the kept tokens that float16 would choose otherwise.
+        rows: the worst state of each timestep bucket, with the tokens that float32 chose.
+        made: bucket -> the program in float16.
+        inputs: names of its inputs, in order.
+    """
+
+    islands: tuple[str, ...]
+    ranges: Mapping[str, Range]
+    states: int
+    swapped: float
+    rows: tuple[Parity, ...]
+    made: Mapping[int, ExportedProgram]
+    inputs: tuple[str, ...]
+
+    def export(self, program: Program) -> tuple[ModelProto, dict[str, str]]:
+        """The ONNX graph and the node map of a FROZEN or an OPEN program."""
+        exported = None if program.bucket is None else self.made[program.bucket]
+        if exported is None:
+            exported = compute_in_half(exported_program(program), program, self.islands)
+        return graph_from_exported(exported, program)
+
+    def wide_outputs(self, bucket: int, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """What the ONNX graph of a bucket gives when every float16 in it is taken as float32."""
+        tensors = {name: torch.as_tensor(inputs[name]) for name in self.inputs}
+        return WideRun(self.made[bucket]).outputs(tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "type": "fp16",
+            "float32_islands": list(self.islands),
+            "limit": LARGEST_HALF / HEADROOM,
+            "states": self.states,
+            "swapped_tokens": self.swapped,
+            "ranges": {name: dataclasses.asdict(found) for name, found in self.ranges.items()},
+        }
+
+
+def half_graphs(
+    frozen: Sequence[Program],
+    settings: HalfSettings,
+    golden: Callable[[int], Mapping[str, Tensor]],
+) -> HalfGraphs:
+    """Make float16 programs of FROZEN ones, and hold each to its float32 outputs on every state.
+
+    Args:
+        frozen: one program per timestep bucket, in float32.
+        settings: states and tolerance.
+        golden: inputs of a bucket that are looked at in any case.
+
+    Raises:
+        AccuracyError: NaN, infinity, or a larger difference; names the block of the largest values.
+    """
+    given = settings.states or [()] * len(frozen)
+    names = list(frozen[0].example)
+    states = [
+        [{name: state[name] for name in names} for state in (golden(bucket), *given[bucket])]
+        for bucket in range(len(frozen))
+    ]
+    exported = [exported_program(program) for program in frozen]
+    ranges: dict[str, Range] = {}
+    looked_at: list[list[_Looked]] = []
+    for program, wide, inputs in zip(frozen, exported, states, strict=True):
+        recorder = Ranges(wide, program)
+        looked_at.append(
+            [_Looked(state, recorder.outputs(state), recorder.chosen) for state in inputs]
+        )
+        for block, found in recorder.found.items():
+            ranges[block] = found.joined(ranges.get(block, found))
+    islands = settings.islands
+    if islands is None:
+        limit = LARGEST_HALF / HEADROOM
+        islands = tuple(block for block, found in ranges.items() if found.largest > limit)
+    made = {
+        bucket: compute_in_half(wide, program, islands)
+        for bucket, (program, wide) in enumerate(zip(frozen, exported, strict=True))
+    }
+    runs = [HalfRun(made[bucket]) for bucket in made]
+    rows = []
+    for bucket, (run, looked) in enumerate(zip(runs, looked_at, strict=True)):
+        row = _worst(run, looked, settings.tolerance, bucket)
+        if not row.passed:
+            raise AccuracyError(_too_far(row, ranges, islands))
+        rows.append(row)
+    kept = sum(run.kept for run in runs)
+    swapped = sum(run.swapped for run in runs) / kept if kept else 0.0
+    count = sum(len(inputs) for inputs in states)
+    return HalfGraphs(
+        islands, ranges, count, swapped, tuple(rows), made, tuple(frozen[0].example)
+    )
+
+
+class _Looked(NamedTuple):
+    """A state, and what float32 made of it."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: list[Tensor]
+    chosen: list[Tensor]
+
+
+def _worst(run: HalfRun, looked: Sequence[_Looked], tolerance: float, bucket: int) -> Parity:
+    rows = []
+    for state in looked:
+        found = run.outputs_with(state.inputs, state.chosen)
+        rows.append(compare(STEP, found, state.outputs, tolerance, bucket, "rel_l2"))
+    return max(rows, key=lambda row: (not row.passed, row.non_finite, row.rel_l2))
+
+
+def _too_far(row: Parity, ranges: Mapping[str, Range], islands: Sequence[str]) -> str:
+    half = {block: found for block, found in ranges.items() if block not in islands}
+    worst = sorted(half, key=lambda block: -half[block].largest)[:3]
+    named = "; ".join(
+        f"{block or OUTSIDE} up to {half[block].largest:.3g} ({half[block].where})"
+        for block in worst
+    )
+    return (
+        f"bucket {row.bucket}: float16 differs from float32 by a relative L2 of {row.rel_l2:.1e}, "
+        f"allowed {row.tolerance:.0e}, with {row.non_finite} values NaN or infinite. float16 ends at "
+        f"{LARGEST_HALF:.0f}; the largest values of products are in {named or 'no block'}. Float32 "
+        f"islands: {[name or OUTSIDE for name in islands]}. Export with precision fp32, give states of "
+        "a whole sampling run, or raise precision_tolerance."
+    )

@@ -7,19 +7,48 @@ TensorRT takes: the parser also accepts what the builder then refuses, such as a
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from diffcr_compile.errors import EnvironmentMissingError, UnsupportedModelError, UsageError
 
+_SCRATCH = re.compile(r"Total Activation Memory: (\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RtxEngine:
+    """What a build gives.
+
+    Attributes:
+        data: the engine.
+        activation_bytes: scratch memory of each profile, in their order. Attention that is not fused
+            writes its scores there, at least heads x N x N of them.
+    """
+
+    data: bytes
+    activation_bytes: tuple[int, ...]
+
 
 def build_rtx_engine(model: bytes | Path, compute_capability: str = "SM86") -> bytes:
-    """Build an engine; the same model gives the same bytes.
+    """An engine of a static graph; the same model gives the same bytes. See :func:`build_rtx`."""
+    return build_rtx(model, compute_capability).data
+
+
+def build_rtx(
+    model: bytes | Path,
+    compute_capability: str = "SM86",
+    profiles: Sequence[Mapping[str, tuple[int, ...]]] = (),
+) -> RtxEngine:
+    """Build an engine.
 
     Args:
-        model: an ONNX file, or the bytes of one whose weights lie inside. All shapes are static.
+        model: an ONNX file, or the bytes of one whose weights lie inside.
         compute_capability: such as ``SM86``; no device of that kind need be present.
+        profiles: shapes by input, with min = opt = max, of each profile; none for a static graph.
 
     Raises:
         EnvironmentMissingError: TensorRT-RTX is not installed.
@@ -28,7 +57,7 @@ def build_rtx_engine(model: bytes | Path, compute_capability: str = "SM86") -> b
     """
     trt = _tensorrt_rtx()
     capability = _capability(trt, compute_capability)
-    errors, logger = _collecting_logger(trt)
+    errors, scratch, logger = _collecting_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(0)  # TensorRT-RTX types every network strongly
     parser = trt.OnnxParser(network, logger)
@@ -42,12 +71,17 @@ def build_rtx_engine(model: bytes | Path, compute_capability: str = "SM86") -> b
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise UnsupportedModelError(
             f"TensorRT-RTX cannot build the ONNX graph for {compute_capability}: {_said(errors)}"
         )
-    return bytes(engine)
+    return RtxEngine(bytes(engine), tuple(scratch))
 
 
 def _tensorrt_rtx() -> ModuleType:
@@ -79,9 +113,10 @@ def _parse(parser: Any, model: bytes | Path) -> bool:
     return bool(parser.parse_from_file(str(model)))  # finds the weights file beside it
 
 
-def _collecting_logger(trt: Any) -> tuple[list[str], Any]:
-    """A list that fills with messages of failures, and the logger that fills it."""
+def _collecting_logger(trt: Any) -> tuple[list[str], list[int], Any]:
+    """Lists that fill with messages of failures and with scratch memory, and the logger that fills them."""
     errors: list[str] = []
+    scratch: list[int] = []
 
     class Collector(trt.ILogger):  # type: ignore[misc]  # the wheel has no type information
         def __init__(self) -> None:
@@ -90,8 +125,11 @@ def _collecting_logger(trt: Any) -> tuple[list[str], Any]:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 errors.append(" ".join(message.split()))
+            found = _SCRATCH.search(message)
+            if found:
+                scratch.append(int(found.group(1)))
 
-    return errors, Collector()
+    return errors, scratch, Collector()
 
 
 def _said(errors: list[str]) -> str:

@@ -1,0 +1,200 @@
+"""Engines of the reference model in both modes, built with TensorRT-RTX on a CPU, and what float16 costs in accuracy.
+
+    python -m benchmarks.engines            # about five minutes on two CPU cores, no GPU
+
+The schedule is one by hand (no calibration), with untrained routers: four timestep buckets, K from 64 to 256 of 256
+tokens. Writes ``benchmarks/results/engines.json``: bytes and scratch memory of every engine for SM86 and SM120, how far
+float16 is from float32 along a sampling run, and scratch memory with and without fused attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import diffcr_compile as dcr
+from diffcr_compile.calibrate.samplers import FlowEuler
+from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
+from diffcr_compile.export.half import compute_in_half
+from diffcr_compile.export.half_run import HalfRun
+from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.rtx_build import build_rtx
+from diffcr_compile.manifest import Manifest
+from diffcr_compile.program import Program, run_flat
+from diffcr_compile.reference import demo
+from diffcr_compile.reference.model import new_reference_dit
+from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
+from diffcr_compile.stages import sampling_states
+from diffcr_compile.summary import environment
+
+RESULTS = Path(__file__).parent / "results/engines.json"
+CAPABILITIES = ("SM86", "SM120")
+STEPS = 20
+# Kept tokens of each block in each timestep bucket.
+KEPT = (
+    (256, 256, 256, 256),
+    (128, 160, 192, 256),
+    (128, 128, 128, 128),
+    (64, 128, 128, 192),
+    (64, 96, 128, 192),
+    (64, 64, 128, 128),
+    (96, 128, 160, 128),
+    (256, 192, 128, 64),
+)
+HEADS = 2
+# Enough tokens that one score matrix is larger than all other scratch memory.
+LARGE_SIZE, LARGE_TOKENS = 96, 48 * 48
+
+
+def frozen_programs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Program]:
+    """The reference model under the schedule by hand."""
+    routed = dcr.route(model, inputs)
+    blocks = routed.program.blocks
+    schedule = TokenSchedule(
+        {spec.name: kept for spec, kept in zip(blocks, KEPT, strict=True)},
+        {spec.name: spec.num_tokens for spec in blocks},
+        TimestepBuckets.even(len(KEPT[0])),
+    )
+    return [graph.program for graph in dcr.freeze(routed, schedule=schedule)]
+
+
+def export_half(frozen: Sequence[Program], folder: Path) -> Manifest:
+    """The float16 artifact, checked along a whole sampling run."""
+    states = sampling_states(frozen, FlowEuler(STEPS).timesteps, FlowEuler(STEPS), 0)
+    modules = [program.module for program in frozen]
+    return dcr.export(modules, folder, precision="fp16", states=states).manifest
+
+
+def build_all(folder: Path, manifest: Manifest, capability: str) -> dict[str, Any]:
+    """Build every engine of both modes; bytes and scratch memory of each."""
+    found = {}
+    for mode in ENGINE_MODES:
+        engines = []
+        for engine in plan_engines(manifest, mode).engines:
+            start = time.perf_counter()
+            shapes = [profile.shapes for profile in engine.profiles if profile.shapes]
+            built = build_rtx(folder / engine.onnx, capability, shapes)
+            engines.append(
+                {
+                    "name": engine.name,
+                    "profiles": len(engine.profiles),
+                    "bytes": len(built.data),
+                    "activation_bytes": list(built.activation_bytes),
+                    "build_seconds": round(time.perf_counter() - start, 2),
+                }
+            )
+        found[mode] = {"engines": engines, "bytes": sum(e["bytes"] for e in engines)}
+    one = max(engine["bytes"] for engine in found["per_bucket"]["engines"])
+    return {**found, "profiles_over_one_engine": found["profiles"]["bytes"] / one}
+
+
+@torch.no_grad()
+def sampled_difference(frozen: Sequence[Program]) -> dict[str, float]:
+    """Two sampling runs from one noise, float32 and float16, each on its own: relative L2 of the samples."""
+    first, sampler = frozen[0], FlowEuler(STEPS)
+    schedule, sample, time_name = first.schedule, first.sample_input, first.timestep_input
+    assert schedule is not None
+    assert sample is not None
+    assert time_name is not None
+    halves = [HalfRun(compute_in_half(exported_program(p), p)) for p in frozen]
+    noise = torch.randn(
+        first.example[sample].shape, generator=torch.Generator().manual_seed(0)
+    )
+    wide, half, finite = noise, noise, True
+    for step, timestep in enumerate(sampler.timesteps):
+        bucket = schedule.buckets.index_of(timestep)
+        given = {
+            **first.example,
+            time_name: torch.full_like(first.example[time_name], timestep),
+        }
+        wide = sampler.step(run_flat(frozen[bucket], {**given, sample: wide})[0], step, wide)
+        half = sampler.step(halves[bucket].outputs({**given, sample: half})[0], step, half)
+        finite = finite and bool(torch.isfinite(half).all())
+    return {"rel_l2": float((half - wide).norm() / wide.norm()), "finite": finite}
+
+
+def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
+    """Scratch memory of one large graph in float16 and in float32, where TensorRT fuses no attention."""
+    torch.manual_seed(0)
+    model = new_reference_dit(LARGE_SIZE).eval()
+    inputs = {
+        **demo.example_inputs(1),
+        "hidden_states": torch.randn(1, 1, LARGE_SIZE, LARGE_SIZE),
+    }
+    program = dcr.freeze(dcr.route(model, inputs), keep_ratio=8 / 9)[0].program
+    exported = exported_program(program)
+    kept = round(8 / 9 * LARGE_TOKENS)
+    found: dict[str, Any] = {
+        "tokens": LARGE_TOKENS,
+        "kept_tokens": kept,
+        "heads": HEADS,
+        "batch": 1,
+    }
+    for name, made, size in (
+        ("fp16", compute_in_half(exported, program), 2),
+        ("fp32", exported, 4),
+    ):
+        data = graph_from_exported(made, program)[0].SerializeToString()
+        found[name] = {
+            "activation_bytes": build_rtx(data, capability).activation_bytes[0],
+            "one_score_matrix_bytes": HEADS * kept * kept * size,
+        }
+    return found
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
+    manifest = export_half(frozen, folder)
+    rounding = [row for row in manifest.parity["precision"] if "rounded" in row["step"]]
+    return {
+        "model": "reference DiT, 2.8 M parameters, 256 tokens, batch 2",
+        "kept_tokens": [list(row) for row in KEPT],
+        "weights_bytes": manifest.files[manifest.weights]["bytes"],
+        "engines": {name: build_all(folder, manifest, name) for name in CAPABILITIES},
+        "float16": {
+            "states": manifest.precision["states"],
+            "steps": STEPS,
+            "worst_rel_l2_same_tokens": max(row["rel_l2"] for row in rounding),
+            "non_finite": sum(row["non_finite"] for row in rounding),
+            "swapped_tokens": manifest.precision["swapped_tokens"],
+            "float32_islands": manifest.precision["float32_islands"],
+            "samples": sampled_difference(frozen),
+            "dense_samples": sampled_difference(all_kept(frozen)),
+        },
+        "attention": attention_scratch(),
+    }
+
+
+def all_kept(frozen: Sequence[Program]) -> list[Program]:
+    """The same model with every token in every block."""
+    routed = frozen[0].routed
+    assert routed is not None
+    graph = dcr.freeze(routed.module, keep_ratio=1.0)[0].program
+    assert graph.schedule is not None
+    return [dataclasses.replace(graph)]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure(Path(folder) / "out")
+    record["environment"] = {
+        **environment(),
+        "tensorrt_rtx": importlib.metadata.version("tensorrt_rtx_cu12"),
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +56,6 @@ from diffcr_compile.stages import (
     learn,
     program_of,
     routed_program,
-    sampling_states,
     teacher_states,
     uniform_schedule,
 )
@@ -300,7 +298,8 @@ def export(
         Path(out),
         name,
         parity_tolerance,
-        targets=targets,
+        None,
+        targets,
         profiles=profiles,
         half=half,
     )
@@ -390,17 +389,11 @@ def compile(
             frozen = [graph.program for graph in graphs]
             ladder += [frozen_parity(routed, program) for program in frozen]
         timesteps = list(runs.timesteps) if runs else sampler.timesteps
-        states = functools.partial(
-            sampling_states,
-            frozen,
-            timesteps,
-            None if runs else sampler,
-            config.calibration.seed,
-        )
-        manifest = exported(space, key, frozen, name, config, progress, states)
+        own = None if runs else sampler
+        manifest = exported(space, key, frozen, name, config, progress, timesteps, own)
         dense_exported(space, fingerprint(identity, config.export.batch), dense)
-        rungs = [manifest.parity[part] for part in ("precision", "buckets", "profiles")]
-        ladder += [Parity(**row) for rows in rungs for row in rows]
+        for part in ("precision", "buckets", "profiles"):
+            ladder += [Parity(**row) for row in manifest.parity[part]]
         compiled = Compiled(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )

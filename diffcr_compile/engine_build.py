@@ -15,7 +15,7 @@ from typing import Any, Literal
 from diffcr_compile.engine_plan import EngineMode, EnginePlan, choose_mode, plan_engines
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
 from diffcr_compile.export.device.builder import Built, Progress, build_engines
-from diffcr_compile.export.device.check import HALF_TOLERANCE, check_engines, tolerance_of
+from diffcr_compile.export.device.check import check_engines, tolerance_of
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.memory import (
     BUILD_FACTOR,
@@ -104,7 +104,7 @@ def target_memory(
     artifact: Path, manifest: Manifest, plan: EnginePlan, target: Target
 ) -> MemoryNeed:
     """Estimate of the memory that engines need on a target."""
-    fused = tolerance_of(manifest) == HALF_TOLERANCE and bool(target.fused_attention)
+    fused = manifest.precision["type"] == "fp16" and bool(target.fused_attention)
     activations = read_activations(artifact, fused)
     return memory_need(manifest, plan, activations, target.build_memory or BUILD_FACTOR)
 

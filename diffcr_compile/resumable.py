@@ -38,6 +38,7 @@ from diffcr_compile.stages import (
     export_programs,
     half_settings,
     learn,
+    sampling_states,
     teacher_states,
 )
 from diffcr_compile.workspace import Workspace, fingerprint
@@ -111,15 +112,20 @@ def exported(
     name: str,
     config: CompileConfig,
     progress: Event | None,
-    states: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
+    timesteps: Sequence[float],
+    sampler: Sampler | None,
 ) -> Manifest:
-    """The artifact, or the one of an earlier run; `states` are those that fp16 is tried on."""
+    """The artifact, or the one of an earlier run; fp16 is tried on a sampling run of these timesteps."""
     key = fingerprint(key, config.export.model_dump())
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
         verify_artifact(space.folder, manifest)
         return manifest
     with space.stage("export", key):
+        half = None
+        if config.export.precision == "fp16":
+            states = sampling_states(frozen, timesteps, sampler, config.calibration.seed)
+            half = half_settings(frozen, config.export.precision_tolerance, states)
         return export_programs(
             frozen,
             space.folder,
@@ -129,9 +135,7 @@ def exported(
             find_targets(config.export.target),
             learned="model/routed.safetensors",
             profiles=config.export.profiles,
-            half=None
-            if config.export.precision == "fp32"
-            else half_settings(frozen, config.export.precision_tolerance, states()),
+            half=half,
         )
 
 

@@ -120,6 +120,7 @@ class HalfRun(_Run):
         if target not in PRODUCTS or not any(a.dtype == torch.float16 for a in every):
             return super().call_function(target, args, kwargs)
         wide = fx.node.map_aggregate(args, _widened)
+        kwargs = _with_stored_scale(target, args, kwargs)
         return super().call_function(target, wide, kwargs).to(torch.float16)
 
     def _told(self, own: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +141,15 @@ class WideRun(_Run):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return _widened(super().placeholder(target, args, kwargs))
 
+    def run_node(self, n: fx.Node) -> Any:
+        self._is_half = _gives_half(n)
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten._to_copy.default and kwargs.get("dtype") is torch.float16:
             kwargs = {**kwargs, "dtype": torch.float32}
+        if self._is_half:
+            kwargs = _with_stored_scale(target, args, kwargs)
         return _widened(super().call_function(target, args, kwargs))
 
 
@@ -157,6 +164,21 @@ def graph_inputs(exported: ExportedProgram, user: Sequence[Tensor]) -> list[Any]
             tables: tuple[Any, ...] = (exported.state_dict, exported.constants)
             found.append(next(t[spec.target] for t in tables if spec.target in t))
     return found
+
+
+def _gives_half(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float16
+
+
+def _with_stored_scale(target: Any, args: Any, kwargs: Any) -> Any:
+    """Attention in float16 with the scale that its ONNX graph has: its root, as a float16 number, on both sides."""
+    if target is not aten.scaled_dot_product_attention.default:
+        return kwargs
+    width = torch.tensor(args[0].shape[-1], dtype=torch.float16)
+    given = kwargs.get("scale")
+    scale = 1 / width.sqrt() if given is None else torch.tensor(given, dtype=torch.float16)
+    return {**kwargs, "scale": float(scale.sqrt()) ** 2}
 
 
 def _widened(value: Any) -> Any:

@@ -109,8 +109,9 @@ def check_valid(path: Path) -> None:
 def _passed(row: Parity, graph: str) -> Parity:
     if not row.passed:
         raise AccuracyError(
-            f"bucket {row.bucket}, {graph}: {row.step} differs by {row.max_abs:.1e} (relative L2 "
-            f"{row.rel_l2:.1e}, {row.non_finite} values NaN or infinite), allowed {row.tolerance:.0e}. "
+            f"bucket {row.bucket}: ONNX Runtime differs from {row.step.partition(' ')[0]} by "
+            f"{row.max_abs:.1e} in {graph} (relative L2 {row.rel_l2:.1e}, {row.non_finite} values NaN or "
+            f"infinite), allowed {row.tolerance:.0e}. "
             "Check that timestep_high is the model's own (1 for some, 1000 for most): sines of far "
             "too large timesteps differ between executors. Two tokens of nearly equal score may "
             "also swap at the cut; then raise parity_tolerance. Else a graph is wrong: report it."

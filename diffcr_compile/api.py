@@ -13,13 +13,14 @@ from diffcr_compile import bench
 from diffcr_compile.attachments import checkpointing_off, prepared
 from diffcr_compile.budgets import budget_costs, budget_identity, cost_table
 from diffcr_compile.calibrate.data import Conditions
+from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.export.precision import HALF_TOLERANCE
-from diffcr_compile.manifest import Manifest
+from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.opened import (
     ExampleInputs,
     PipelineInputs,
@@ -38,10 +39,13 @@ from diffcr_compile.resumable import (
     Compiled,
     Evaluate,
     calibrated,
+    calibration_settings,
     dense_exported,
     evaluated,
     exported,
     reported,
+    take_part,
+    workspace_of,
 )
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.schedule import TokenSchedule, check_budget
@@ -60,7 +64,7 @@ from diffcr_compile.stages import (
     uniform_schedule,
 )
 from diffcr_compile.vector_math import settle_vector_math
-from diffcr_compile.workspace import Workspace, fingerprint
+from diffcr_compile.workspace import fingerprint
 
 settle_vector_math()  # at import, because the user's model is often built after it
 
@@ -220,8 +224,11 @@ def calibrate(
     program = program_of(routed, Stage.ROUTED)
     share = parse_budget(budget)
     check_budget(budget_costs(program, config), share)
-    states = teacher_states(program, data, config, sampler, conditions, folder, progress)
-    return learn(program, states, config, share, folder, key, progress)
+    with joined_ranks(config.calibration.rank_timeout) as ranks:
+        states = teacher_states(
+            program, data, config, sampler, conditions, folder, progress, ranks
+        )
+        return learn(program, states, config, share, folder, key, progress, ranks)
 
 
 def freeze(
@@ -324,7 +331,8 @@ def compile(
 ) -> Artifact:
     """Capture, route, calibrate, freeze, export, validate, benchmark, report.
 
-    Every stage that is finished is recorded; the same call goes on where it was interrupted.
+    Every stage that is finished is recorded; the same call goes on where it was interrupted. Under
+    torchrun the processes share rollouts and calibration, and rank 0 does the rest.
 
     Args:
         model: any DiT, in evaluation mode, or a pipeline of diffusers: its own runs are then the
@@ -357,7 +365,8 @@ def compile(
     user_model, model = model, prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
-    with Workspace(Path(out)) as space:
+    patience = config.calibration.rank_timeout
+    with joined_ranks(patience) as ranks, workspace_of(Path(out), ranks) as space:
         made_of = [shapes(example_inputs), runs.identity] if runs else shapes(example_inputs)
         identity = fingerprint(weights_hash(model), name, made_of)
         with space.stage("capture", identity):
@@ -370,19 +379,14 @@ def compile(
             ladder = [all_kept_parity(dense, routed)]
             costs = cost_table(routed, config.routing)
             check_budget(budget_costs(routed, config), share)
-        settings = config.model_dump(exclude={"export"})
-        metered = budget_identity(config.budget)
+        settings, metered = calibration_settings(config), budget_identity(config.budget)
         key = fingerprint(identity, share, settings, metered, data is not None)
+        given = runs if data is None else data
+        if not ranks.leads:
+            take_part(Path(out), routed, given, share, config, sampler, conditions, ranks)
+            return Artifact(Path(out), read_manifest(Path(out)))
         result = calibrated(
-            space,
-            key,
-            routed,
-            runs if data is None else data,
-            share,
-            config,
-            sampler,
-            conditions,
-            progress,
+            space, key, routed, given, share, config, sampler, conditions, progress, ranks
         )
         with space.stage("freeze", key):
             graphs = freeze(routed.module, result, target=config.export.target)
@@ -401,4 +405,5 @@ def compile(
             speed = bench.best_sampling_loops(space.folder, timesteps)
         quality = evaluated(space, key, evaluate)
         report = reported(space, compiled, config, speed, quality)
+        ranks.wait_for_leader()
     return Artifact(Path(out), manifest, report)

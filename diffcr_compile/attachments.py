@@ -17,6 +17,8 @@ from torch import nn
 from diffcr_compile.errors import UnsupportedModelError
 
 SHOWN = 3
+_WRAPPERS = ("DistributedDataParallel", "DataParallel")
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 _HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -33,7 +35,13 @@ def prepared(model: nn.Module, fuse_adapters: bool = False) -> nn.Module:
     Raises:
         UnsupportedModelError: something is attached that a graph would lose; names it and the fix.
     """
-    for check in (_check_offload, _check_libraries, _check_hooks, _check_forward):
+    for check in (
+        _check_parallel,
+        _check_offload,
+        _check_libraries,
+        _check_hooks,
+        _check_forward,
+    ):
         check(model)
     layers = _adapter_layers(model)
     if not layers and not getattr(model, "peft_config", None):
@@ -56,6 +64,29 @@ def checkpointing_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _check_parallel(model: nn.Module) -> None:
+    """Wrappers that split the batch or the weights over processes."""
+    kinds = {name: {c.__name__ for c in type(m).__mro__} for name, m in model.named_modules()}
+    sharded = [name for name, classes in kinds.items() if classes.intersection(_SHARDED)]
+    sharded += [n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"]
+    if sharded:
+        raise UnsupportedModelError(
+            f"the weights of {type(model).__name__} are sharded over processes (FSDP), around {_some(sharded)}; "
+            "a graph needs them whole. Pass the model before it is sharded. Several GPUs are joined by "
+            "starting the whole command under torchrun, each with the whole model (docs/training.md); "
+            "calibration.train: lora, checkpointing and precision: bf16 make a large one fit.",
+            code="DCR-M002",
+        )
+    wrapped = [name for name, classes in kinds.items() if classes.intersection(_WRAPPERS)]
+    if wrapped:
+        raise UnsupportedModelError(
+            f"{_some(wrapped)} is wrapped in {type(model.get_submodule(wrapped[0])).__name__}; pass what is "
+            "inside (model.module). The calibration itself shares its work between the processes of "
+            "torchrun (docs/training.md).",
+            code="DCR-M002",
+        )
 
 
 def _check_offload(model: nn.Module) -> None:

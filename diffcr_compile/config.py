@@ -92,8 +92,22 @@ class CalibrationConfig(_Section):
     batch: int = Field(
         default=24, ge=1, description="states per step, all of one timestep bucket"
     )
-    train: Literal["ratio", "router", "all"] = Field(
-        default="all", description="ratios only; routers and ratios; or these and all weights"
+    train: Literal["ratio", "router", "lora", "all"] = Field(
+        default="all",
+        description="ratios only; routers and ratios; or these and low-rank adapters in the routed "
+        "blocks, merged at the end; or these and all weights",
+    )
+    lora_rank: int = Field(default=16, ge=1, description="rank of the adapters (train: lora)")
+    block_outputs: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight in the loss of each routed block's relative squared error against the "
+        "dense block; 0 compares the model's output only",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="routed blocks run again in the backward instead of keeping what they computed: "
+        "less memory, about a third more time, the same numbers",
     )
     ratios: Literal["gradient", "errors", "uniform"] = Field(
         default="gradient",
@@ -145,6 +159,11 @@ class CalibrationConfig(_Section):
     )
     ema: float = Field(
         default=0.98, ge=0, lt=1, description="decay of the moving average of trained weights"
+    )
+    rank_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="seconds that one process of several waits for the others",
     )
     seed: int = Field(default=0, ge=0)
     save_every: int = Field(default=20, ge=1, description="steps between resumable states")

@@ -13,6 +13,7 @@ NEEDED_FOR = {
     "onnxruntime": "validate, bench and run on the CPU",
     "onnxruntime-gpu": "run on a CUDA device",
     "diffusers": "the reference model and diffusers: sources",
+    "peft": "calibration.train: lora",
     "jinja2": "report",
     "pillow": "report",
     "tensorrt": "engines on the device",

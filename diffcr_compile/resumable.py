@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import Conditions
+from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
+from diffcr_compile.calibrate.lora import adapted_layers
 from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import CompileConfig
@@ -43,6 +47,8 @@ from diffcr_compile.stages import (
 )
 from diffcr_compile.workspace import Workspace, fingerprint
 
+# settings of the calibration that change no result
+NO_EFFECT = {"checkpointing", "rank_timeout", "save_every"}
 Evaluate = Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]
 
 
@@ -70,13 +76,16 @@ def calibrated(
     sampler: Sampler,
     conditions: Conditions | None,
     progress: Event | None,
+    ranks: Ranks,
 ) -> CalibrationResult:
-    """Rollouts and calibration, or their result from an earlier run."""
+    """Rollouts and calibration, or their result from an earlier run; the others' part is :func:`take_part`."""
     weights, summary = (
         space.folder / "model/routed.safetensors",
         space.folder / "model/calibration.json",
     )
-    if space.finished("calibrate", key) and weights.exists() and summary.exists():
+    finished = space.finished("calibrate", key) and weights.exists() and summary.exists()
+    if finished:
+        ranks.total(1.0)
         load_trained(routed, weights, config)
         return _result_from_json(json.loads(summary.read_text()), routed, config)
     folder = space.subfolder("calibration")
@@ -86,13 +95,51 @@ def calibrated(
     if not space.finished("rollouts", rollout_key):
         _forget_rollouts(folder, rollout_key)
     with space.stage("rollouts", rollout_key):
-        states = teacher_states(routed, data, config, sampler, conditions, folder, progress)
+        ranks.total(0.0)  # nothing of other settings lies in the folder any more
+        states = teacher_states(
+            routed, data, config, sampler, conditions, folder, progress, ranks
+        )
     with space.stage("calibrate", key):
-        result = learn(routed, states, config, budget, folder, key, progress)
+        result = learn(routed, states, config, budget, folder, key, progress, ranks)
         space.subfolder("model")
-        _save_trained(routed, weights, config)
+        save_trained(routed, weights, config)
         write_json_atomic(summary, _result_to_json(result))
     return result
+
+
+def take_part(
+    out: Path,
+    routed: Program,
+    data: Data,
+    budget: float,
+    config: CompileConfig,
+    sampler: Sampler,
+    conditions: Conditions | None,
+    ranks: Ranks,
+) -> None:
+    """What a rank other than 0 does in a compilation, until rank 0 has finished it."""
+    calibrated_before = ranks.total(0.0) > 0
+    if not calibrated_before:
+        folder = out / "calibration"
+        states = teacher_states(routed, data, config, sampler, conditions, folder, None, ranks)
+        learn(routed, states, config, budget, ranks=ranks)
+    ranks.wait_for_leader()
+
+
+@contextlib.contextmanager
+def workspace_of(out: Path, ranks: Ranks) -> Iterator[Workspace]:
+    """The output folder for rank 0, which alone writes there; a passing one for the others."""
+    if ranks.leads:
+        with Workspace(out) as space:
+            yield space
+        return
+    with tempfile.TemporaryDirectory() as folder, Workspace(Path(folder) / "rank") as space:
+        yield space
+
+
+def calibration_settings(config: CompileConfig) -> dict[str, Any]:
+    """The settings that a calibration's result depends on."""
+    return config.model_dump(exclude={"export": True, "calibration": NO_EFFECT})
 
 
 def _forget_rollouts(folder: Path, key: str) -> None:
@@ -183,15 +230,17 @@ def reported(
 
 
 def _trained_tensors(routed: Program, config: CompileConfig) -> dict[str, Tensor]:
-    every = config.calibration.train == "all"
+    train = config.calibration.train
+    merged = {f"{n}.weight" for n in adapted_layers(routed)} if train == "lora" else set()
     return {
         name: p
         for name, p in routed.module.named_parameters()
-        if every or "_select.router." in name
+        if train == "all" or name in merged or "_select.router." in name
     }
 
 
-def _save_trained(routed: Program, path: Path, config: CompileConfig) -> None:
+def save_trained(routed: Program, path: Path, config: CompileConfig) -> None:
+    """Write what a calibration changed; :func:`load_trained` puts it into the same program anew."""
     tensors = {n: t.detach().clone() for n, t in _trained_tensors(routed, config).items()}
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary)
@@ -200,7 +249,7 @@ def _save_trained(routed: Program, path: Path, config: CompileConfig) -> None:
 
 @torch.no_grad()
 def load_trained(routed: Program, path: Path, config: CompileConfig) -> None:
-    if config.calibration.train == "all":
+    if config.calibration.train in ("lora", "all"):
         own_weights(routed.module)
     saved = load_file(path)
     for name, parameter in _trained_tensors(routed, config).items():

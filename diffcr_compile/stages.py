@@ -19,12 +19,15 @@ from diffcr_compile.calibrate.data import (
     label_states,
     roll_out,
 )
+from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.latents import LatentStates
 from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
+from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.pipelines import PipelineRuns
+from diffcr_compile.calibrate.rollout_size import rollout_size
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.capture import capture
-from diffcr_compile.config import CompileConfig, RoutingConfig
+from diffcr_compile.config import CompileConfig, RolloutConfig, RoutingConfig
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
@@ -117,7 +120,14 @@ def teacher_states(
     conditions: Conditions | None,
     folder: Path | None,
     progress: Event | None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> TeacherStates:
+    """Training data from any source.
+
+    Raises:
+        UsageError: the data do not fit the model.
+        ResourceError: what has to be made first is too large, or memory runs out.
+    """
     if isinstance(data, TeacherStates):
         return data
 
@@ -132,24 +142,37 @@ def teacher_states(
         return label_states(program, data)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    if data is not None:
-        return data.teacher_states(
-            program,
-            config.rollouts,
-            config.routing,
-            config.calibration.seed,
-            folder,
-            shard_done,
-        )
-    return roll_out(
-        program,
-        sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high),
-        config.rollouts,
-        conditions or example_conditions(program),
-        config.calibration.seed,
-        folder,
-        shard_done,
-    )
+    sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    _tell_size(program, data, config.rollouts, sampler, folder, progress)
+    rollouts, seed = config.rollouts, config.calibration.seed
+    with out_of_memory_in_words("rollouts.batch"):
+        if data is not None:
+            return data.teacher_states(
+                program, rollouts, config.routing, seed, folder, shard_done, ranks
+            )
+        draw = conditions or example_conditions(program)
+        return roll_out(program, sampler, rollouts, draw, seed, folder, shard_done, ranks)
+
+
+def _tell_size(
+    program: Program,
+    runs: PipelineRuns | None,
+    config: RolloutConfig,
+    sampler: Sampler,
+    folder: Path | None,
+    progress: Event | None,
+) -> None:
+    """How large the states will be, before the first is made; refused if they are too large."""
+    if runs is not None:
+        size, setting = runs.size(config), "rollouts.pipeline_runs"
+        shards = config.pipeline_runs
+    else:
+        size = rollout_size(program, config, len(sampler.timesteps))
+        setting, shards = "rollouts.trajectories", -(-config.trajectories // config.batch)
+    size.check(config.max_gib, setting, folder)
+    if progress:
+        figures = {"disk_bytes": size.disk_bytes, "memory_bytes": size.memory_bytes}
+        progress("rollouts", 0, shards, figures)
 
 
 def export_programs(
@@ -288,6 +311,7 @@ def learn(
     folder: Path | None = None,
     key: str = "",
     progress: Event | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> CalibrationResult:
     """Calibrate a ROUTED program on ready teacher states, see :func:`diffcr_compile.calibrate`."""
 
@@ -305,4 +329,5 @@ def learn(
         folder=folder,
         key=key,
         report=step,
+        ranks=ranks,
     )

@@ -19,7 +19,7 @@ from diffcr_compile.attachments import prepared
 from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import Conditions, TeacherStates, batched_inputs
 from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
-from diffcr_compile.calibrate.loop import WARM_START_STATES
+from diffcr_compile.calibrate.run import WARM_START_STATES
 from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibrate.warm_start import warm_start_routers
 from diffcr_compile.config import CompileConfig

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import diffcr_compile as dcr
 from diffcr_compile.attachments import checkpointing_off, prepared
@@ -226,3 +230,30 @@ def test_gradient_checkpointing_is_off_for_the_capture_and_on_again(model: Any) 
     # training the graph goes through, gradients reach the user's weights
     routed(**example, return_dict=False, joint_attention_kwargs={})[0].sum().backward()
     assert model.proj_out.weight.grad is not None
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone, which the wrappers want."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_refused(process_group: None) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedModelError, match="sharded over processes") as caught:
+        prepared(model)
+    assert caught.value.code == "DCR-M002"
+    assert "torchrun" in str(caught.value)
+
+
+def test_a_wrapped_model_is_refused(process_group: None) -> None:
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    with pytest.raises(UnsupportedModelError, match=r"model\.module"):
+        prepared(model)
+    assert prepared(model.module) is model.module

@@ -443,9 +443,9 @@ def test_impossible_budget_names_the_smallest(states: TeacherStates) -> None:
     assert caught.value.smallest == pytest.approx(costs.smallest_budget())
 
 
-def test_nan_loss_stops_with_the_step(states: TeacherStates) -> None:
-    broken = dataclasses.replace(states, target=torch.full_like(states.target, math.nan))
-    with pytest.raises(DiffCRError, match="step 1: the loss is nan"):
+def test_an_infinite_loss_stops_with_the_step(states: TeacherStates) -> None:
+    broken = dataclasses.replace(states, target=torch.full_like(states.target, 1e30))
+    with pytest.raises(DiffCRError, match="step 1: the loss is inf"):
         calibrated(fresh(), broken)
 
 

@@ -347,6 +347,19 @@ def test_estimates_are_those_of_the_formula() -> None:
     assert estimate(sizes, config, None).engines is None
 
 
+def test_the_estimate_of_adapters_follows_their_rank() -> None:
+    """One layer of 64 by 64 weights, routed with one router of 64."""
+    sizes = ModelSizes(
+        weights=4 * 64 * 64, routers=4 * 64, blocks=1, inputs=0, inputs_per_sample=0,
+        outputs_per_sample=0, forward=0, batch=1,
+    )  # fmt: skip
+    config = make_config({"calibration": {"train": "lora", "lora_rank": 4}})
+    adapters = 4 * (64 * 4 + 4 * 64)
+    found = estimate(sizes, config, None)
+    merged = 2 * sizes.weights
+    assert found.calibrate - found.calibrate_routers == 9 * adapters + merged - sizes.weights
+
+
 def test_estimates_of_the_demo_are_near_what_was_measured() -> None:
     """Against the committed report of a real run."""
     from diffcr_compile.reference import demo

@@ -2,28 +2,28 @@
 
 The default source are teacher rollouts: run the dense sampler, keep every state. No training set is
 needed, and the states are the ones that inference will meet. Rollouts are cached in shards, so an
-interrupted run goes on where it was.
+interrupted run goes on where it was, and several ranks share the work.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.samplers import Sampler, timestep_like
+from diffcr_compile.calibrate.shards import Progress, Shard, made_in_shards
 from diffcr_compile.config import RolloutConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.schedule import TimestepBuckets
 
 Conditions = Callable[[torch.Generator, int], Mapping[str, Tensor]]
-Progress = Callable[[str, int, int], None]
+TIMESTEP_SLACK = 1e-6  # of the range: timesteps are fp32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,14 @@ class TeacherStates:
         target: (M, ...) output of the dense model.
         timesteps: (M,) value of the timestep input of each state.
         buckets: timestep buckets that fit these states; None for those of the settings.
+        device: where batches are needed; None where they are.
     """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
     timesteps: Tensor
     buckets: TimestepBuckets | None = None
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -50,17 +52,18 @@ class TeacherStates:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and targets of the chosen states."""
         rows = {
-            name: tensor[chosen] if name in batched else tensor
+            name: (tensor[chosen] if name in batched else tensor).to(self.device)
             for name, tensor in self.inputs.items()
         }
-        return rows, self.target[chosen]
+        return rows, self.target[chosen].to(self.device)
 
     def by_bucket(self, buckets: TimestepBuckets) -> list[Tensor]:
         """Indices of the states of each bucket.
 
         Raises:
-            UsageError: a bucket has no state.
+            UsageError: a bucket has no state, or a timestep lies outside of all of them.
         """
+        self._check_timesteps(buckets)
         of = torch.tensor([buckets.index_of(float(t)) for t in self.timesteps])
         found = [torch.nonzero(of == index).flatten() for index in range(len(buckets))]
         empty = [buckets.ranges()[i] for i, states in enumerate(found) if len(states) == 0]
@@ -71,6 +74,19 @@ class TeacherStates:
                 "every timestep bucket, or set routing.timestep_low and timestep_high."
             )
         return found
+
+    def _check_timesteps(self, buckets: TimestepBuckets) -> None:
+        low, high = buckets.edges[0], buckets.edges[-1]
+        slack = TIMESTEP_SLACK * (high - low)
+        outside = (self.timesteps < low - slack) | (self.timesteps > high + slack)
+        if outside.any():
+            raise UsageError(
+                f"{int(outside.sum())} of {len(self)} training states have a timestep outside of "
+                f"[{low:g}, {high:g}]; they run from {self.timesteps.min():g} to "
+                f"{self.timesteps.max():g}. Set routing.timestep_low and routing.timestep_high to the "
+                "range that the model is called with, or mend the data.",
+                code="DCR-U073",
+            )
 
 
 def batched_inputs(program: Program) -> frozenset[str]:
@@ -105,6 +121,7 @@ def roll_out(
     seed: int,
     folder: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> TeacherStates:
     """Sample with the dense model and keep every state.
 
@@ -116,27 +133,21 @@ def roll_out(
         seed: of noise and conditions.
         folder: where finished shards are kept; None keeps them in memory only.
         progress: called with ("rollouts", done, all).
+        ranks: who shares the work, through the folder.
     """
     if program.sample_input is None or program.timestep_input is None:
         raise UsageError(
             "teacher rollouts need to know which input is the noisy sample and which the timestep; "
             f"the inputs are {sorted(program.example)}. Pass data= with your own inputs instead."
         )
-    shards = []
+
+    def shard(number: int) -> Shard:
+        size = min(config.batch, config.trajectories - number * config.batch)
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        return _one_shard(program, sampler, conditions, generator, size)
+
     count = -(-config.trajectories // config.batch)
-    for shard in range(count):
-        path = folder / f"rollouts_{shard:04d}.safetensors" if folder else None
-        if path is not None and path.exists():
-            shards.append(load_file(path))
-        else:
-            size = min(config.batch, config.trajectories - shard * config.batch)
-            generator = torch.Generator().manual_seed(seed * 100_003 + shard)
-            shards.append(_one_shard(program, sampler, conditions, generator, size))
-            if path is not None:
-                save_atomic(shards[-1], path)
-        if progress:
-            progress("rollouts", shard + 1, count)
-    return join_shards(program, shards)
+    return join_shards(program, made_in_shards(count, shard, folder, progress, ranks))
 
 
 def _one_shard(
@@ -145,27 +156,27 @@ def _one_shard(
     conditions: Conditions,
     generator: torch.Generator,
     size: int,
-) -> dict[str, Tensor]:
+) -> Shard:
     sample, timestep = program.sample_input, program.timestep_input
     assert sample is not None
     assert timestep is not None
-    shape = (size, *program.example[sample].shape[1:])
+    like = program.example[sample]
     state = sampler.start(
-        torch.randn(shape, generator=generator).to(program.example[sample].dtype)
+        torch.randn((size, *like.shape[1:]), generator=generator).to(like.device, like.dtype)
     )
-    others = dict(conditions(generator, size))
+    others = {name: t.to(like.device) for name, t in conditions(generator, size).items()}
     inputs, targets, times = [], [], []
     for index, value in enumerate(sampler.timesteps):
         now = timestep_like(program.example[timestep], value, size)
         output = run_flat(program, {**others, sample: state, timestep: now})[0]
-        inputs.append(state)
-        targets.append(output)
+        inputs.append(state.cpu())
+        targets.append(output.cpu())
         times.append(torch.full((size,), value))
         state = sampler.step(output, index, state)
     steps = len(times)
     batched = batched_inputs(program)
     repeated = {
-        name: t.repeat(steps, *(1,) * (t.ndim - 1)) if name in batched else t
+        name: (t.repeat(steps, *(1,) * (t.ndim - 1)) if name in batched else t).cpu()
         for name, t in others.items()
     }
     return {
@@ -178,7 +189,7 @@ def _one_shard(
 
 def join_shards(
     program: Program,
-    shards: list[dict[str, Tensor]],
+    shards: list[Shard],
     buckets: TimestepBuckets | None = None,
 ) -> TeacherStates:
     """Shards with ``input.<name>``, ``target`` and ``timesteps`` as one.
@@ -257,9 +268,3 @@ def _check_batch(program: Program, tensors: Mapping[str, Tensor], number: int) -
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UsageError(f"calibration batch {number}: {name} holds NaN or infinity")
-
-
-def save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)

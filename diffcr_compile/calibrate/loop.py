@@ -12,38 +12,41 @@ the model is led there from all tokens kept, and most steps train at it.
 
 Each step takes states of one timestep bucket only, so K is one number per block and no sample is
 treated on its own; the buckets take turns. All randomness comes from (seed, step), so a run that
-was killed goes on exactly as if it had not been.
+was killed goes on exactly as if it had not been. Several ranks share the states of each step.
+
+What a step does stands in ``run.py``, how ranks share it in ``distributed.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import mse_loss
-
-from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
+from diffcr_compile.calibrate.block_outputs import dense_twin
+from diffcr_compile.calibrate.check_states import check_states
+from diffcr_compile.calibrate.checkpointing import recomputed_blocks
+from diffcr_compile.calibrate.data import TeacherStates
+from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.lora import low_rank
+from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.ratios import RatioLearner
-from diffcr_compile.calibrate.state import load_state, save_state
-from diffcr_compile.calibrate.trained import (
-    TrainedParameters,
-    own_weights,
-    router_parameters,
-)
-from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.calibrate.run import Run
+from diffcr_compile.calibrate.state import FILE
+from diffcr_compile.calibrate.trained import nothing_else_learns, own_weights
 from diffcr_compile.config import CalibrationConfig
-from diffcr_compile.errors import DiffCRError, PreconditionError
-from diffcr_compile.passes.base import run_passes
-from diffcr_compile.passes.blend_two_bins import BlendTwoBins
-from diffcr_compile.program import Program, Stage, run_flat
+from diffcr_compile.errors import (
+    AccuracyError,
+    EnvironmentMissingError,
+    PreconditionError,
+    UsageError,
+)
+from diffcr_compile.program import Program, Stage
 from diffcr_compile.schedule import (
     CostTable,
     KeepRatios,
@@ -52,7 +55,10 @@ from diffcr_compile.schedule import (
     check_budget,
 )
 
-WARM_START_STATES = 128
+LOWER = (
+    "calibration.batch, set calibration.checkpointing: true, calibration.precision: bf16 or "
+    "calibration.train: lora"
+)
 Report = Callable[[dict[str, Any], int], None]
 
 
@@ -86,6 +92,7 @@ def run_calibration(
     folder: Path | None = None,
     key: str = "",
     report: Report | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> CalibrationResult:
     """Learn keep ratios, routers and, if asked, all weights of a ROUTED program, in place.
 
@@ -101,182 +108,119 @@ def run_calibration(
         folder: where the resumable state and history.jsonl are kept; None for none.
         key: fingerprint of everything that the result depends on.
         report: called after each step with the step's record and the number of steps.
+        ranks: who shares the work. All get the same result; rank 0 writes to `folder`.
 
     Raises:
-        BudgetError: the budget cannot be reached; raised before the first step.
-        DiffCRError: the loss became NaN or infinite; the last good state is kept.
+        BudgetError, UsageError: the budget cannot be reached, or states do not fit the model; before
+            the first step.
+        AccuracyError: a loss or a gradient became NaN or infinite; the state before it is saved.
+        ResourceError: out of memory; says what to lower.
+        EnvironmentMissingError: another rank is gone; the state before that is saved.
     """
     if program.stage != Stage.ROUTED:
         raise PreconditionError(
             f"calibration needs a ROUTED program, got {program.stage.name}"
         )
     check_budget(costs, budget)
+    check_states(program, states)
     by_bucket = states.by_bucket(buckets)
+    _check_ranks(program, states, config, ranks)
+    dense = dense_twin(program) if config.block_outputs else None
+    with out_of_memory_in_words(LOWER), _weights_to_train(program, config):
+        learner = RatioLearner(
+            program,
+            costs,
+            buckets,
+            two_bin=config.estimator == "two_bin",
+            per=config.ratios_per,
+        )
+        search = RatioSearch(learner, config, budget)
+        run = Run(program, dense, states, by_bucket, config, search, ranks)
+        with nothing_else_learns(program.module, run.trained.parameters.values()):
+            run.begin(folder, key)
+            less_memory = (
+                recomputed_blocks(program)
+                if config.checkpointing
+                else contextlib.nullcontext()
+            )
+            with less_memory:
+                _train(run, folder, key, report)
+        return _finish(run, folder)
+
+
+@contextlib.contextmanager
+def _weights_to_train(program: Program, config: CalibrationConfig) -> Iterator[None]:
+    """A program with weights that are its own where they are trained.
+
+    First of all, because modules are replaced that others then hold on to.
+    """
+    if config.train == "lora":
+        with low_rank(program, config.lora_rank, config.seed):
+            yield
+        return
     if config.train == "all":
-        # first of all: it replaces the modules that others hold on to
         own_weights(program.module)
-    learner = RatioLearner(
-        program,
-        costs,
-        buckets,
-        two_bin=config.estimator == "two_bin",
-        per=config.ratios_per,
-    )
-    run = _Run(program, states, by_bucket, config, RatioSearch(learner, config, budget))
-    saved = load_state(folder, key) if folder else None
-    if saved:
-        run.restore(*saved)
-    else:
-        run.start()
-    started = time.monotonic()
+    yield
+
+
+def _train(run: Run, folder: Path | None, key: str, report: Report | None) -> None:
+    """All steps that are left."""
+    started, config = time.monotonic(), run.config
     for step in range(run.done, config.steps):
-        record = run.train_step(step)
+        with _state_kept(run, folder, key):
+            record = run.train_step(step)
         record["seconds"] = time.monotonic() - started
         run.history.append(record)
         run.done = step + 1
-        if folder and (run.done % config.save_every == 0 or run.done == config.steps):
+        if run.done % config.save_every == 0 or run.done == config.steps:
             run.save(folder, key)
         if report:
             report(record, config.steps)
-    return run.finish(folder)
 
 
-class _Run:
-    """One calibration under way."""
+@contextlib.contextmanager
+def _state_kept(run: Run, folder: Path | None, key: str) -> Iterator[None]:
+    """Save where a step that cannot be finished started from, and say where it is."""
+    try:
+        yield
+    except (AccuracyError, EnvironmentMissingError) as error:
+        run.save(folder, key)
+        if folder and run.ranks.leads:
+            error.message += f" The state after step {run.done} is in {folder / FILE}."
+        raise
 
-    def __init__(
-        self,
-        program: Program,
-        states: TeacherStates,
-        by_bucket: list[Tensor],
-        config: CalibrationConfig,
-        search: RatioSearch,
-    ) -> None:
-        self.program, self.states, self.by_bucket = program, states, by_bucket
-        self.config, self.search = config, search
-        # While ratios are learned, two_bin needs its second branch; at a fixed schedule nobody does.
-        self.learning = (
-            run_passes(program, [BlendTwoBins()]) if config.estimator == "two_bin" else program
+
+def _check_ranks(
+    program: Program, states: TeacherStates, config: CalibrationConfig, ranks: Ranks
+) -> None:
+    """Refuse ranks that would have nothing to do, or that start from different things."""
+    if config.batch < ranks.count:
+        raise UsageError(
+            f"calibration.batch = {config.batch} states per step cannot be shared by {ranks.count} ranks; "
+            f"start at most {config.batch}, or set a larger batch",
+            code="DCR-U074",
         )
-        self.trained = TrainedParameters(program, config)
-        self.batched = batched_inputs(program)
-        self.history: list[dict[str, float]] = []
-        self.explained: dict[str, float] = {}
-        self.done = 0
+    ranks.check_same("the weights", program.module.parameters())
+    ranks.check_same("the timesteps of the training states", [states.timesteps])
 
-    def start(self) -> None:
-        """Routers in closed form; a schedule from measured errors where ratios are not learned."""
-        chosen = self._some_states(max(1, WARM_START_STATES // len(self.by_bucket)))
-        self.search.learner.keep_all()
-        self.explained = warm_start_routers(
-            self.program, self.states, torch.cat(chosen), self.config.batch
-        )
-        self.trained.forget_averages()
-        if self.search.from_errors:
-            self._solve_by_errors()
 
-    def _solve_by_errors(self) -> None:
-        few = self._some_states(self.config.batch)
-        self.search.solve_by_errors(self.program, self.states, few)
-
-    def train_step(self, step: int) -> dict[str, float]:
-        """One update of everything that is trained; returns the step's record."""
-        if self.search.ends_learning(step):
-            self.search.solve()
-        if self.search.solves_again(step):
-            self._solve_by_errors()
-        bucket = step % len(self.by_bucket)
-        between = self.search.set_up(step, bucket)
-        loss = self._loss(step, bucket, self.learning if between else self.program)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.trained.update(step)
-        self.search.update(bucket)
-        return {
-            "step": step + 1,
-            "bucket": bucket,
-            "loss": loss.item(),
-            "budget": self.search.target(step),
-            "reached": self.search.reached,
-            "mean_keep_ratio": float(self.search.learner.values.mean()),
-        }
-
-    def finish(self, folder: Path | None) -> CalibrationResult:
-        """Put the averaged weights in, keep all tokens again, and say what was learned."""
-        if self.search.schedule is None:
-            self.search.solve()
-        assert self.search.schedule is not None
-        assert self.search.learned is not None
-        self.trained.take_averages()
-        self.search.learner.keep_all()
-        self.program.module.eval()
-        if folder:
-            lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            (folder / "history.jsonl").write_text(lines)
-        return CalibrationResult(
-            self.search.learned,
-            self.search.schedule,
-            self.search.learner.costs,
-            tuple(self.history),
-            self.explained,
-        )
-
-    def save(self, folder: Path, key: str) -> None:
-        """Leave a state from which the same calibration goes on."""
-        ratios, found = self.search.state()
-        # The warm start is part of the result even where routers are not trained.
-        routers = {
-            f"router.{n}": p.detach() for n, p in router_parameters(self.program).items()
-        }
-        facts = {
-            "key": key,
-            "done": self.done,
-            "history": self.history,
-            "explained": self.explained,
-            **found,
-        }
-        tensors = {**self.trained.state(), **routers, **ratios}
-        # Tied parameters share memory, which safetensors refuses to write.
-        save_state(folder, {n: t.clone() for n, t in tensors.items()}, facts)
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The reverse of :meth:`save`."""
-        for name, parameter in router_parameters(self.program).items():
-            parameter.copy_(tensors[f"router.{name}"])
-        self.trained.restore(tensors)
-        self.search.restore(tensors, facts)
-        self.done = facts["done"]
-        self.history, self.explained = facts["history"], facts["explained"]
-
-    def _loss(self, step: int, bucket: int, program: Program) -> Tensor:
-        """How far the program is from the dense model on a batch that (seed, step) draws.
-
-        Raises:
-            DiffCRError: it is NaN or infinite.
-        """
-        seed = self.config.seed * 1_000_003 + step
-        generator = torch.Generator().manual_seed(seed)
-        rows = self.by_bucket[bucket]
-        chosen = rows[torch.randint(len(rows), (self.config.batch,), generator=generator)]
-        inputs, answer = self.states.take(chosen, self.batched)
-        program.module.train()
-        torch.manual_seed(seed)  # random routers and dropout
-        with torch.autocast(
-            answer.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        ):
-            output = run_flat(program, inputs)[0]
-        loss = mse_loss(output.float(), answer.float())
-        if not math.isfinite(loss.item()):
-            raise DiffCRError(
-                f"calibration step {step + 1}: the loss is {loss.item()}. The last saved state is kept; "
-                "lower calibration.lr_weights or lr_router and run again."
-            )
-        return loss
-
-    def _some_states(self, each: int) -> list[Tensor]:
-        """Indices of `each` states of every timestep bucket, always the same."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return [
-            rows[torch.randint(len(rows), (each,), generator=generator)]
-            for rows in self.by_bucket
-        ]
+def _finish(run: Run, folder: Path | None) -> CalibrationResult:
+    """Put the averaged weights in, keep all tokens again, and say what was learned."""
+    search = run.search
+    if search.schedule is None:
+        search.solve()
+    assert search.schedule is not None
+    assert search.learned is not None
+    run.trained.take_averages()
+    search.learner.keep_all()
+    run.program.module.eval()
+    if folder and run.ranks.leads:
+        lines = "".join(json.dumps(record) + "\n" for record in run.history)
+        (folder / "history.jsonl").write_text(lines)
+    return CalibrationResult(
+        search.learned,
+        search.schedule,
+        search.learner.costs,
+        tuple(run.history),
+        run.explained,
+    )

@@ -11,13 +11,12 @@ import dataclasses
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,8 +25,8 @@ from diffcr_compile.calibrate.data import (
     TeacherStates,
     batched_inputs,
     join_shards,
-    save_atomic,
 )
+from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.pipeline_calls import (
     DenoiserCall,
     Inputs,
@@ -37,18 +36,18 @@ from diffcr_compile.calibrate.pipeline_calls import (
     timestep_name,
     watching,
 )
+from diffcr_compile.calibrate.rollout_size import StatesSize
+from diffcr_compile.calibrate.shards import Progress, made_in_shards
 from diffcr_compile.capture import TIMESTEP_NAMES
 from diffcr_compile.config import RolloutConfig, RoutingConfig
-from diffcr_compile.errors import ResourceError, UnsupportedModelError, UsageError
+from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.program import Program
 from diffcr_compile.schedule import TimestepBuckets
 from diffcr_compile.signature import same_constant
 
-Progress = Callable[[str, int, int], None]
 FEW_STEPS = 3  # enough to see what changes between steps
 # An expanded timestep must give the same output; other kernels may round otherwise.
 SAME_OUTPUT = 1e-4
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +98,7 @@ class PipelineRuns:
         seed: int,
         folder: Path | None = None,
         progress: Progress | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> TeacherStates:
         """Run the pipeline and keep every call of the denoiser, with the dense model's answer.
 
@@ -109,30 +109,25 @@ class PipelineRuns:
             seed: of the noise.
             folder: where finished runs are kept, so that an interrupted call goes on; None for none.
             progress: called with ("rollouts", done, all).
+            ranks: who shares the work, through the folder.
 
         Raises:
             ResourceError: the records would take more than ``rollouts.max_gib``.
             UsageError: calls differ in more than tensor values.
         """
-        needed = config.pipeline_runs * self.bytes_per_run / GIB
-        if needed > config.max_gib:
-            raise ResourceError(
-                f"{config.pipeline_runs} runs of the pipeline would take {needed:.2f} GiB of states, "
-                f"rollouts.max_gib allows {config.max_gib:g}. Set rollouts.pipeline_runs to at most "
-                f"{int(config.max_gib * GIB // self.bytes_per_run)}, or allow more."
-            )
-        shards = []
-        for run in range(config.pipeline_runs):
-            path = folder / f"rollouts_{run:04d}.safetensors" if folder else None
-            if path is not None and path.exists():
-                shards.append(load_file(path))
-            else:
-                shards.append(self._shard(program, run, seed))
-                if path is not None:
-                    save_atomic(shards[-1], path)
-            if progress:
-                progress("rollouts", run + 1, config.pipeline_runs)
+        self.size(config).check(config.max_gib, "rollouts.pipeline_runs", folder)
+        shards = made_in_shards(
+            config.pipeline_runs,
+            lambda run: self._shard(program, run, seed),
+            folder,
+            progress,
+            ranks,
+        )
         return join_shards(program, shards, self.buckets(routing))
+
+    def size(self, config: RolloutConfig) -> StatesSize:
+        """What the records of all runs take."""
+        return StatesSize(config.pipeline_runs, self.bytes_per_run)
 
     def _shard(self, program: Program, run: int, seed: int) -> dict[str, Tensor]:
         """The calls of one run, joined along the batch."""

@@ -111,6 +111,11 @@ class RatioLearner:
             selector.keep_between(low, high, blend, two_bin=self.two_bin and low > 0)
             self._blends[row] = blend
 
+    @property
+    def blends(self) -> list[Tensor]:
+        """The weights that carry the ratios' gradients, of the bucket that is attached."""
+        return [blend for blend in self._blends if blend is not None]
+
     def step(self, bucket: int, lr: float) -> None:
         """Move one bucket's column along its averaged gradients; the caller projects afterwards."""
         for row, (name, blend) in enumerate(zip(self.names, self._blends, strict=True)):

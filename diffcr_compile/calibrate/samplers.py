@@ -77,5 +77,5 @@ class SchedulerSampler:
 def timestep_like(example: Tensor, value: float, batch: int) -> Tensor:
     """`value` in the dtype and form of the model's timestep input."""
     if example.ndim == 0:
-        return torch.tensor(value, dtype=example.dtype)
-    return torch.full((batch, *example.shape[1:]), value).to(example.dtype)
+        return torch.tensor(value, dtype=example.dtype, device=example.device)
+    return torch.full((batch, *example.shape[1:]), value).to(example.device, example.dtype)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.calibrate.lora import MARKS
 from diffcr_compile.config import CalibrationConfig
-from diffcr_compile.errors import EnvironmentMissingError
+from diffcr_compile.errors import AccuracyError, EnvironmentMissingError
 from diffcr_compile.program import DiTGraph, Program
 
 WARMUP_STEPS = 20
 LAST_RATE = 0.05  # of the learning rate, at the last step
 BETAS = (0.9, 0.99)
 LARGEST_NORM = 1.0  # gradients are clipped to this
+SHOWN = 3
+REMEDY = "Lower calibration.lr_weights or lr_router, or set calibration.precision to fp32, and run again."
 
 
 class TrainedParameters:
@@ -46,10 +50,16 @@ class TrainedParameters:
 
         Args:
             step: from 0; decides the learning rate.
+
+        Raises:
+            AccuracyError: a gradient is NaN or infinite; nothing was changed.
         """
         factor = rate_factor(step, self.config.steps)
         if self.parameters:
-            nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_NORM)
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            self._check_finite(step, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), LARGEST_NORM, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -59,6 +69,21 @@ class TrainedParameters:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter, 1 - decay)
+
+    def _check_finite(self, step: int, norm: Tensor) -> None:
+        if bool(norm.isfinite()):
+            return
+        bad = [
+            name
+            for name, p in self.parameters.items()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        ]
+        where = f"of {', '.join(bad[:SHOWN])}" if bad else "of all parameters together"
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise AccuracyError(
+            f"calibration step {step + 1}: the gradient {where}{more} is NaN or infinite. {REMEDY}",
+            code="DCR-Q010",
+        )
 
     @torch.no_grad()
     def take_averages(self) -> None:
@@ -81,7 +106,7 @@ class TrainedParameters:
         """The reverse of :meth:`state`."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weights.{name}"])
-            self.averages[name] = state[f"ema.{name}"]
+            self.averages[name] = state[f"ema.{name}"].to(parameter.device)
         for number, optimizer in enumerate(self.optimizers):
             entries: dict[int, dict[str, Tensor]] = {}
             for key, tensor in state.items():
@@ -90,6 +115,20 @@ class TrainedParameters:
                     entries.setdefault(int(index), {})[name] = tensor
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+@contextlib.contextmanager
+def nothing_else_learns(module: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only `trained` get gradients while the context lasts: the others are the user's, and cost time."""
+    wanted = {id(parameter) for parameter in trained}
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def own_weights(module: DiTGraph) -> None:
@@ -115,10 +154,13 @@ def trained_parameters(program: Program, config: CalibrationConfig) -> dict[str,
     if config.train == "ratio":
         return {}
     routers = {id(p) for p in router_parameters(program).values()}
+    adapters = MARKS if config.train == "lora" else ()
     return {
         name: parameter
         for name, parameter in program.module.named_parameters()
-        if id(parameter) in routers or config.train == "all"
+        if id(parameter) in routers
+        or config.train == "all"
+        or any(mark in name for mark in adapters)
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from diffcr_compile.commands.terminal import errors, terminal
+from diffcr_compile.report.text import size
 
 Event = Callable[[str, int, int, Mapping[str, Any]], None]
 SECONDS_BETWEEN_LINES = 10
@@ -81,6 +82,8 @@ class _PlainLines:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
+    if "disk_bytes" in figures:
+        return f"{size(figures['disk_bytes'])} on disk, up to {size(figures['memory_bytes'])} of memory"
     if "loss" not in figures:
         return ""
     return (

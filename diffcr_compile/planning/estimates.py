@@ -11,7 +11,7 @@ from typing import Literal
 
 from diffcr_compile.config import CompileConfig
 
-Train = Literal["ratio", "router", "all"]
+Train = Literal["ratio", "router", "lora", "all"]
 
 # Measured on the reference DiT with the pinned versions: a process with torch loaded, and one ONNX
 # graph of 8 blocks without its weights.
@@ -90,14 +90,16 @@ def estimate(
     teacher = states * (sizes.inputs_per_sample + sizes.outputs_per_sample)
     batch = config.export.batch or sizes.batch
     golden = buckets * batch * (sizes.inputs_per_sample + sizes.outputs_per_sample)
-    trained = sizes.routers + (sizes.weights if train == "all" else 0)
+    trained = _trained(sizes, config, train)
+    # model/routed.safetensors: what differs from the user's model; adapters are merged by then
+    learned = sizes.routers + (sizes.weights if train in ("lora", "all") else 0)
     graphs = (
         (buckets + 1) * sizes.blocks * GRAPH_BYTES_PER_BLOCK
     )  # one more: the dense baseline
     artifact = sizes.weights + sizes.routers + graphs + golden
     state = STATE_COPIES * trained
     # calibration/state, rollouts, model/routed.safetensors, baseline/dense.onnx
-    folder = artifact + state + teacher + trained + sizes.weights
+    folder = artifact + state + teacher + learned + sizes.weights
     return Estimates(
         weights=sizes.weights,
         calibrate=_calibrate(sizes, config, train) + teacher,
@@ -113,9 +115,24 @@ def estimate(
 
 
 def _calibrate(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:
-    trained = sizes.routers + (sizes.weights if train == "all" else 0)
-    # the user's model; of what is trained: a copy, gradients, moving average, two moments; and the
+    trained = _trained(sizes, config, train)
+    # the user's model, and with adapters the weights that they are merged into; of what is trained: a copy, gradients, moving average, two moments; and the
     # copies of all but the gradients that are made to save the state
-    tensors = sizes.weights + 5 * trained + STATE_COPIES * trained
+    weights = sizes.weights * (2 if train == "lora" else 1)
+    tensors = weights + 5 * trained + STATE_COPIES * trained
     activations = config.calibration.batch * sizes.forward
     return RUNTIME_BYTES + tensors + activations
+
+
+def _trained(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:
+    """Bytes of what has gradients; of adapters an upper bound."""
+    if train == "all":
+        return sizes.routers + sizes.weights
+    if train != "lora":
+        return sizes.routers
+    # A layer of a by b weights gets rank * (a + b) more, and neither is smaller than the stream, whose
+    # width is that of its fp32 router.
+    width = max(sizes.routers // (4 * max(sizes.blocks, 1)), 1)
+    return sizes.routers + round(
+        sizes.weights * min(1.0, 2 * config.calibration.lora_rank / width)
+    )

@@ -1,0 +1,191 @@
+"""One calibration under way: how it starts, what a step does, and what is needed to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from diffcr_compile.calibrate.block_outputs import BlockOutputs
+from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
+from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.ratio_search import RatioSearch
+from diffcr_compile.calibrate.state import load_state, save_state
+from diffcr_compile.calibrate.trained import REMEDY, TrainedParameters, router_parameters
+from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.config import CalibrationConfig
+from diffcr_compile.errors import AccuracyError
+from diffcr_compile.passes.base import run_passes
+from diffcr_compile.passes.blend_two_bins import BlendTwoBins
+from diffcr_compile.program import Program, run_flat
+
+WARM_START_STATES = 128
+
+
+class Run:
+    """One calibration under way."""
+
+    def __init__(
+        self,
+        program: Program,
+        dense: Program | None,
+        states: TeacherStates,
+        by_bucket: list[Tensor],
+        config: CalibrationConfig,
+        search: RatioSearch,
+        ranks: Ranks,
+    ) -> None:
+        device = next(iter(program.example.values())).device
+        self.states = dataclasses.replace(states, device=device)
+        self.program, self.by_bucket = program, by_bucket
+        self.config, self.search, self.ranks = config, search, ranks
+        self.block_outputs = BlockOutputs(program, dense) if dense else None
+        self.settled = self.block_outputs.student if self.block_outputs else program
+        # While ratios are learned, two_bin needs its second branch; at a fixed schedule nobody does.
+        self.learning = (
+            run_passes(self.settled, [BlendTwoBins()])
+            if config.estimator == "two_bin"
+            else self.settled
+        )
+        self.trained = TrainedParameters(program, config)
+        self.batched = batched_inputs(program)
+        self.history: list[dict[str, float]] = []
+        self.explained: dict[str, float] = {}
+        self.done = 0
+
+    def begin(self, folder: Path | None, key: str) -> None:
+        """Take up the state that rank 0 finds, or start anew; all ranks go on from rank 0's."""
+        saved = load_state(folder, key) if folder and self.ranks.leads else None
+        if self.ranks.total(1.0 if saved else 0.0) == 0:
+            self.start()
+        elif saved:
+            self.restore(*saved)
+        if self.ranks.count > 1:
+            self.restore(*self.ranks.from_leader(*self.state(key)))
+
+    def start(self) -> None:
+        """Routers in closed form; a schedule from measured errors where ratios are not learned."""
+        chosen = self._some_states(max(1, WARM_START_STATES // len(self.by_bucket)))
+        self.search.learner.keep_all()
+        self.explained = warm_start_routers(
+            self.program, self.states, torch.cat(chosen), self.config.batch
+        )
+        self.trained.forget_averages()
+        if self.search.from_errors:
+            self._solve_by_errors()
+
+    def _solve_by_errors(self) -> None:
+        few = self._some_states(self.config.batch)
+        self.search.solve_by_errors(self.program, self.states, few)
+        # Errors measured on different devices differ in the last digits; a schedule must not.
+        self.search.restore(*self.ranks.from_leader(*self.search.state()))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One update of everything that is trained; returns the step's record."""
+        if self.search.ends_learning(step):
+            self.search.solve()
+        if self.search.solves_again(step):
+            self._solve_by_errors()
+        bucket = step % len(self.by_bucket)
+        between = self.search.set_up(step, bucket)
+        loss = self._loss(step, bucket, self.learning if between else self.settled)
+        whole_loss = self._checked(step, self.ranks.total(loss.item()))
+        if loss.requires_grad:  # with train: ratio nothing learns at a fixed schedule
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._sum_gradients(step, self.search.learner.blends if between else [])
+        self.trained.update(step)
+        self.search.update(bucket)
+        return {
+            "step": step + 1,
+            "bucket": bucket,
+            "loss": whole_loss,
+            "budget": self.search.target(step),
+            "reached": self.search.reached,
+            "mean_keep_ratio": float(self.search.learner.values.mean()),
+        }
+
+    def save(self, folder: Path | None, key: str) -> None:
+        """Leave a state from which the same calibration goes on; rank 0 does."""
+        if folder and self.ranks.leads:
+            tensors, facts = self.state(key)
+            # Tied parameters share memory, which safetensors refuses to write.
+            save_state(folder, {n: t.clone() for n, t in tensors.items()}, facts)
+
+    def state(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that is needed to go on: tensors and JSON-able facts."""
+        ratios, found = self.search.state()
+        # The warm start is part of the result even where routers are not trained.
+        routers = {
+            f"router.{n}": p.detach() for n, p in router_parameters(self.program).items()
+        }
+        facts = {
+            "key": key,
+            "done": self.done,
+            "history": self.history,
+            "explained": self.explained,
+            **found,
+        }
+        return {**self.trained.state(), **routers, **ratios}, facts
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """The reverse of :meth:`state`."""
+        for name, parameter in router_parameters(self.program).items():
+            parameter.copy_(tensors[f"router.{name}"])
+        self.trained.restore(tensors)
+        self.search.restore(tensors, facts)
+        self.done = facts["done"]
+        self.history, self.explained = facts["history"], facts["explained"]
+
+    def _loss(self, step: int, bucket: int, program: Program) -> Tensor:
+        """How far the program is from the dense model on this rank's share of a step's batch.
+
+        (seed, step) draws the batch. Summed over the ranks it is the mean over the whole batch.
+        """
+        seed = self.config.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
+        rows = self.by_bucket[bucket]
+        chosen = rows[torch.randint(len(rows), (self.config.batch,), generator=generator)]
+        mine, weight = self.ranks.share(chosen)
+        inputs, answer = self.states.take(mine, self.batched)
+        program.module.train()
+        # random routers and dropout, other ones on each rank
+        torch.manual_seed(seed * self.ranks.count + self.ranks.rank)
+        with torch.autocast(
+            answer.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        ):
+            output = run_flat(program, inputs)[0]
+            loss = mse_loss(output.float(), answer.float())
+            if self.block_outputs:
+                loss = loss + self.config.block_outputs * self.block_outputs.distance(inputs)
+        return loss * weight
+
+    def _checked(self, step: int, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise AccuracyError(
+                f"calibration step {step + 1}: the loss is {loss}. {REMEDY}", code="DCR-Q010"
+            )
+        return loss
+
+    def _sum_gradients(self, step: int, blends: list[Tensor]) -> None:
+        self.ranks.sum_gradients([*self.trained.parameters.values(), *blends])
+        for blend in blends:
+            if blend.grad is not None and not math.isfinite(float(blend.grad)):
+                raise AccuracyError(
+                    f"calibration step {step + 1}: the gradient of a keep ratio is NaN or infinite. "
+                    f"{REMEDY}",
+                    code="DCR-Q010",
+                )
+
+    def _some_states(self, each: int) -> list[Tensor]:
+        """Indices of `each` states of every timestep bucket, always the same."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return [
+            rows[torch.randint(len(rows), (each,), generator=generator)]
+            for rows in self.by_bucket
+        ]

@@ -1,0 +1,598 @@
+"""What is trained and how: adapters, checkpointing, block outputs; and what stops a calibration."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffcr_compile.calibrate.block_outputs import BlockOutputs, dense_twin
+from diffcr_compile.calibrate.check_states import check_states
+from diffcr_compile.calibrate.checkpointing import recomputed_blocks
+from diffcr_compile.calibrate.data import TeacherStates, roll_out
+from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
+from diffcr_compile.calibrate.lora import adapted_layers, low_rank, merge_adapters
+from diffcr_compile.calibrate.memory import out_of_memory_in_words
+from diffcr_compile.calibrate.rollout_size import rollout_size
+from diffcr_compile.calibrate.samplers import FlowEuler
+from diffcr_compile.calibrate.state import load_state
+from diffcr_compile.calibrate.trained import TrainedParameters
+from diffcr_compile.config import CalibrationConfig, CompileConfig, RolloutConfig, make_config
+from diffcr_compile.errors import (
+    AccuracyError,
+    DiffCRError,
+    EnvironmentMissingError,
+    ResourceError,
+    UsageError,
+)
+from diffcr_compile.macs import measure_costs
+from diffcr_compile.program import Program, run_flat, selector_name
+from diffcr_compile.resumable import load_trained, save_trained
+from diffcr_compile.schedule import CostTable, TimestepBuckets
+from diffcr_compile.stages import teacher_states
+from tests.conftest import Case
+
+BUCKETS = TimestepBuckets.even(2, 0.0, 1.0)
+FAST = {"steps": 8, "batch": 4, "save_every": 4, "settle": 0.5}
+
+
+@pytest.fixture(scope="module")
+def case(cases: Callable[..., Case]) -> Case:
+    return cases("plain")
+
+
+@pytest.fixture(scope="module")
+def states(case: Case) -> TeacherStates:
+    config = RolloutConfig(trajectories=8, batch=4)
+    return roll_out(case.captured, FlowEuler(4, 1.0), config, lambda *_: {}, seed=0)
+
+
+def fresh(case: Case) -> Program:
+    """A routed program that a test may train."""
+    module = copy.deepcopy(case.routed.module)
+    return dataclasses.replace(case.routed, module=module).attached()
+
+
+@pytest.fixture
+def program(case: Case) -> Program:
+    return fresh(case)
+
+
+def calibrated(
+    program: Program, states: TeacherStates, folder: Path | None = None, **options: Any
+) -> CalibrationResult:
+    extra = {name: options.pop(name) for name in ("report",) if name in options}
+    config = CalibrationConfig(**{**FAST, **options})
+    costs = costs_of(len(program.blocks), program)
+    return run_calibration(
+        program, states, config, costs, BUCKETS, 0.7, folder=folder, key="k", **extra
+    )
+
+
+_COSTS: dict[int, CostTable] = {}  # one model only: measured once
+
+
+def costs_of(blocks: int, program: Program) -> CostTable:
+    if blocks not in _COSTS:
+        _COSTS[blocks] = measure_costs(program, 4, 0.25)
+    return _COSTS[blocks]
+
+
+def weights(program: Program) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in program.module.named_parameters()}
+
+
+def keep(program: Program, kept: int) -> None:
+    for spec in program.blocks:
+        program.module.get_submodule(selector_name(spec.name)).keep(kept)
+
+
+def batch_of(states: TeacherStates, count: int = 6) -> dict[str, Tensor]:
+    return states.take(torch.arange(count), frozenset(states.inputs))[0]
+
+
+# ------------------------------------------------------------------------------ what stops it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": {}}, "their inputs are"),
+        ({"x": (6, 2, 5, 5)}, r"x has shape \(6, 2, 5, 5\), expected \(6, 2, 6, 6\)"),
+        ({"x": (5, 2, 6, 6)}, r"expected \(6, 2, 6, 6\)"),
+        ({"x": math.nan}, "x holds NaN"),
+        ({"target": (4, 2, 6, 6)}, "6 timesteps and target"),
+        ({"target": math.inf}, "answers hold NaN or infinity"),
+        ({"timesteps": (6, 1)}, "timesteps have shape"),
+        ({"timesteps": (0,)}, "there are none"),
+    ],
+    ids=str,
+)
+def test_states_that_do_not_fit_are_refused_before_the_first_step(
+    program: Program, states: TeacherStates, change: dict[str, Any], message: str
+) -> None:
+    inputs = {"x": torch.zeros(6, 2, 6, 6), "t": torch.full((6,), 0.5)}
+    fields = {"target": torch.zeros(6, 2, 6, 6), "timesteps": inputs["t"]}
+    for name, value in change.items():
+        if name == "inputs":
+            inputs = value
+            continue
+        new = (
+            torch.zeros(value) if isinstance(value, tuple) else torch.full((6, 2, 6, 6), value)
+        )
+        (inputs if name in inputs else fields)[name] = new
+    broken = TeacherStates(inputs, **fields)
+    with pytest.raises(UsageError, match=message) as caught:
+        calibrated(program, broken)
+    assert caught.value.code == "DCR-U072"
+    check_states(program, states)  # and what fits is taken
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, 700.0])
+def test_timesteps_outside_of_the_buckets_are_refused(
+    program: Program, states: TeacherStates, value: float
+) -> None:
+    timesteps = states.timesteps.clone()
+    timesteps[3] = value
+    with pytest.raises(UsageError, match="1 of 32 training states") as caught:
+        calibrated(program, dataclasses.replace(states, timesteps=timesteps))
+    assert caught.value.code == "DCR-U073"
+    assert "routing.timestep_low" in str(caught.value)
+
+
+def test_an_infinite_loss_stops_with_the_step_and_the_state_before_it(
+    program: Program, states: TeacherStates, tmp_path: Path
+) -> None:
+    """Bucket 1, which step 2 takes, has answers whose square overflows."""
+    target = states.target.clone()
+    target[states.timesteps > 0.5] = 1e30
+    broken = dataclasses.replace(states, target=target)
+    with pytest.raises(AccuracyError, match="step 2: the loss is inf") as caught:
+        calibrated(program, broken, tmp_path)
+    assert caught.value.code == "DCR-Q010"
+    assert f"The state after step 1 is in {tmp_path / 'state.safetensors'}" in str(
+        caught.value
+    )
+    tensors, facts = load_state(tmp_path, "k") or ({}, {})
+    assert facts["done"] == 1
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(program: Program) -> None:
+    trained = TrainedParameters(program, CalibrationConfig())
+    before = weights(program)
+    for parameter in trained.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    name, parameter = next(iter(trained.parameters.items()))
+    assert parameter.grad is not None
+    parameter.grad.view(-1)[0] = math.nan
+    with pytest.raises(
+        AccuracyError, match=f"step 7: the gradient of {name} is NaN"
+    ) as caught:
+        trained.update(6)
+    assert caught.value.code == "DCR-Q010"
+    assert all(torch.equal(before[n], p) for n, p in program.module.named_parameters())
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    program: Program, states: TeacherStates
+) -> None:
+    """By the allocator's own error: half an exabyte."""
+    with pytest.raises(ResourceError, match=r"calibration\.batch") as caught:
+        calibrated(program, states, report=lambda *_: torch.empty(2**57))
+    assert caught.value.code == "DCR-R010"
+    for setting in ("checkpointing", "bf16", "lora"):
+        assert setting in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_every_kind_of_out_of_memory_is_known(error: Exception) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"rollouts\.batch"),
+        out_of_memory_in_words("rollouts.batch"),
+    ):
+        raise error
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        out_of_memory_in_words("rollouts.batch"),
+    ):
+        raise RuntimeError("another")
+
+
+# --------------------------------------------------------------------------------- rollouts
+
+
+def test_the_size_of_rollouts_is_that_of_their_files(case: Case, tmp_path: Path) -> None:
+    config = RolloutConfig(trajectories=5, batch=2)
+    size = rollout_size(case.captured, config, steps=3)
+    roll_out(case.captured, FlowEuler(3, 1.0), config, lambda *_: {}, 0, tmp_path)
+    held = 0
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held += sum(file.get_tensor(n).nbytes for n in file.keys())  # noqa: SIM118
+    assert size.disk_bytes == held
+    assert size.memory_bytes == 2 * held
+
+
+def settings(max_gib: float) -> CompileConfig:
+    return make_config({
+        "routing": {"timestep_high": 1.0},
+        "rollouts": {"trajectories": 4, "batch": 2, "steps": 2, "max_gib": max_gib},
+    })  # fmt: skip
+
+
+def test_rollouts_that_are_too_large_are_refused_before_anything_runs(case: Case) -> None:
+    seen: list[Any] = []
+    with pytest.raises(ResourceError, match=r"rollouts.trajectories to at most \d+") as caught:
+        teacher_states(
+            case.captured, None, settings(1e-6), None, None, None, lambda *e: seen.append(e)
+        )
+    assert caught.value.code == "DCR-R011"
+    assert seen == []
+
+
+def test_the_size_is_told_before_anything_runs(case: Case) -> None:
+    seen: list[Any] = []
+    teacher_states(
+        case.captured, None, settings(1.0), None, None, None, lambda *e: seen.append(e)
+    )
+    assert [event[:3] for event in seen] == [("rollouts", n, 2) for n in range(3)]
+    assert seen[0][3] == {"disk_bytes": 8 * 580, "memory_bytes": 16 * 580}  # 2 × 72 + 1 floats
+
+
+def test_a_disk_that_is_full_is_refused(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = rollout_size(case.captured, RolloutConfig(trajectories=5), steps=3)
+
+    class Usage:
+        free = size.disk_bytes - 1
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
+    with pytest.raises(ResourceError, match="on disk"):
+        size.check(8.0, "rollouts.trajectories", tmp_path)
+    (tmp_path / "rollouts_0000.safetensors").write_bytes(b"1")
+    size.check(8.0, "rollouts.trajectories", tmp_path)  # one byte of it is there already
+
+
+# ----------------------------------------------------------------------------- what is trained
+
+
+def test_what_is_not_trained_gets_no_gradients(
+    program: Program, states: TeacherStates
+) -> None:
+    before = weights(program)
+    calibrated(program, states, train="router")
+    for name, parameter in program.module.named_parameters():
+        assert parameter.requires_grad  # as it was
+        if "router" not in name:
+            assert parameter.grad is None
+            assert torch.equal(parameter, before[name])
+
+
+def test_ratios_alone_can_be_learned(program: Program, states: TeacherStates) -> None:
+    result = calibrated(program, states, train="ratio")
+    assert len(result.history) == FAST["steps"]
+    assert result.schedule.reached <= 0.7
+
+
+# ------------------------------------------------------------------------------------- lora
+
+
+def test_adapters_train_and_the_base_stays(
+    case: Case, program: Program, states: TeacherStates
+) -> None:
+    blocks = {spec.name: program.module.get_submodule(spec.name) for spec in program.blocks}
+    base = {n: (p, p.detach().clone()) for n, p in program.module.named_parameters()}
+    layers = {f"{name}.weight" for name in adapted_layers(program)}
+    result = calibrated(
+        program, states, train="lora", lora_rank=2, steps=60, lr_weights=5e-3, batch=8
+    )
+    for name, (parameter, before) in base.items():
+        if "router" not in name:
+            assert torch.equal(parameter, before)  # the user's own are never written to
+    assert all(program.module.get_submodule(n) is not block for n, block in blocks.items())
+    found = dict(program.module.named_parameters())
+    assert found.keys() == base.keys()  # a plain model again
+    for name, parameter in found.items():
+        if name in layers:
+            change = parameter.detach() - base[name][1]
+            assert 1 <= int(torch.linalg.matrix_rank(change, atol=1e-6)) <= 2
+        elif "router" not in name:
+            assert parameter is base[name][0]
+    losses = [record["loss"] for record in result.history]
+    settled = losses[-24:]  # the same schedule throughout
+    assert sum(settled[-8:]) < sum(settled[:8])
+
+
+def test_merged_adapters_are_the_adapters(program: Program) -> None:
+    with torch.no_grad():
+        dense = run_flat(program, program.example)[0]
+    with low_rank(program, rank=3, seed=0):
+        with torch.no_grad():
+            untrained = run_flat(program, program.example)[0]
+            for name, parameter in program.module.named_parameters():
+                if ".lora_B." in name:
+                    parameter.copy_(0.1 * torch.randn_like(parameter))
+            program.module.eval()
+            keep(program, 20)
+            adapted = run_flat(program, program.example)[0]
+        assert torch.equal(untrained, dense)  # B starts at zero
+    with torch.no_grad():
+        merged = run_flat(program, program.example)[0]
+    # one product with the sum against the sum of two: fp32 rounding
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert (merged - dense).abs().max() > 0.05  # they do something
+    assert not any("lora" in name for name, _ in program.module.named_modules())
+
+
+def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(
+    case: Case, program: Program, states: TeacherStates, tmp_path: Path
+) -> None:
+    whole = fresh(case)
+    expected = calibrated(whole, states, train="lora")
+
+    def stop(record: dict[str, Any], _: int) -> None:
+        if record["step"] == 6:
+            raise KeyboardInterrupt
+
+    blocks = [program.module.get_submodule(spec.name) for spec in program.blocks]
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(program, states, tmp_path, train="lora", report=stop)
+    assert [program.module.get_submodule(s.name) for s in program.blocks] == blocks
+    found = calibrated(program, states, tmp_path, train="lora")
+    assert [r["loss"] for r in found.history] == [r["loss"] for r in expected.history]
+    pairs = zip(whole.module.parameters(), program.module.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_what_adapters_learned_is_kept_on_disk(
+    case: Case, program: Program, states: TeacherStates, tmp_path: Path
+) -> None:
+    config = make_config({"calibration": {"train": "lora"}})
+    calibrated(program, states, train="lora", lr_weights=5e-3)
+    save_trained(program, tmp_path / "routed.safetensors", config)
+    with safe_open(tmp_path / "routed.safetensors", "pt") as file:
+        names = set(file.keys())
+    routers = {n for n, _ in program.module.named_parameters() if "_select.router." in n}
+    assert names == routers | {f"{n}.weight" for n in adapted_layers(program)}
+    again = fresh(case)
+    load_trained(again, tmp_path / "routed.safetensors", config)
+    pairs = zip(program.module.parameters(), again.module.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_layers_that_others_use_get_no_adapter(program: Program) -> None:
+    every = set(adapted_layers(program))
+    name = sorted(every)[0]
+    program.module.register_module("other", program.module.get_submodule(name))
+    assert set(adapted_layers(program)) == every - {name}
+    with low_rank(program, 2, 0):
+        adapted = {
+            n.split(".lora_A")[0]
+            for n, _ in program.module.named_parameters()
+            if "lora_A" in n
+        }
+        assert adapted == every - {name}
+
+
+class ReadsTheWeight(nn.Module):
+    """Uses a Linear layer's weight without calling the layer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.extra = block, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        found: Tensor = self.block(x @ self.extra.weight.T, *rest)
+        return found
+
+
+def test_a_block_that_reads_weights_is_refused_and_left_as_it_was(program: Program) -> None:
+    name = program.blocks[0].name
+    odd = ReadsTheWeight(program.module.get_submodule(name))
+    program.module.set_submodule(name, odd)
+    with (
+        pytest.raises(AccuracyError, match="reads a Linear") as caught,
+        low_rank(program, 2, 0),
+    ):
+        pass
+    assert caught.value.code == "DCR-Q011"
+    assert program.module.get_submodule(name) is odd
+
+
+def test_without_peft_lora_says_what_to_install(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with (
+        pytest.raises(EnvironmentMissingError, match=r"diffcr-compile\[lora\]") as caught,
+        low_rank(program, 2, 0),
+    ):
+        pass
+    assert caught.value.code == "DCR-E011"
+
+
+def test_merging_twice_changes_nothing(program: Program) -> None:
+    before = weights(program)
+    merge_adapters(program)
+    assert all(torch.equal(before[n], p) for n, p in program.module.named_parameters())
+
+
+# ----------------------------------------------------------------------------- checkpointing
+
+
+def gradients(program: Program, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], int]:
+    """Loss, gradients, and the bytes that autograd keeps for the backward."""
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    program.module.zero_grad()
+    program.module.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run_flat(program, inputs)[0].square().mean()
+    first = kept
+    loss.backward()
+    found = [p.grad.clone() for p in program.module.parameters() if p.grad is not None]
+    return loss.detach(), found, first
+
+
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(
+    program: Program, states: TeacherStates
+) -> None:
+    keep(program, 20)
+    inputs = batch_of(states)
+    loss, plain, kept = gradients(program, inputs)
+    with recomputed_blocks(program):
+        again, recomputed, less = gradients(program, inputs)
+    assert torch.equal(loss, again)
+    assert len(plain) == len(recomputed) > 10
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert less < 0.5 * kept
+    blocks = [program.module.get_submodule(spec.name) for spec in program.blocks]
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_a_calibration_with_checkpointing_is_the_same(
+    case: Case, program: Program, states: TeacherStates
+) -> None:
+    other = fresh(case)
+    plain = calibrated(program, states)
+    recomputed = calibrated(other, states, checkpointing=True)
+    assert [r["loss"] for r in plain.history] == [r["loss"] for r in recomputed.history]
+    pairs = zip(program.module.parameters(), other.module.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+# ----------------------------------------------------------------------------- block outputs
+
+
+def slow_distance(case: Case, program: Program, inputs: dict[str, Tensor]) -> Tensor:
+    """By hooks on the user's blocks, and by putting kept tokens back one by one."""
+    dense: dict[str, Tensor] = {}
+    handles = [
+        case.model.get_submodule(spec.name).register_forward_hook(
+            lambda _, __, output, name=spec.name: dense.update({name: output})
+        )
+        for spec in program.blocks
+    ]
+    case.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    streams, chosen, processed = {}, {}, {}
+    for spec in program.blocks:
+
+        def on_select(_: Any, args: Any, output: Any, name: str = spec.name) -> None:
+            streams[name], chosen[name] = args[0], output.positions
+
+        def on_block(_: Any, __: Any, output: Any, name: str = spec.name) -> None:
+            processed[name] = output
+
+        selector = program.module.get_submodule(selector_name(spec.name))
+        handles.append(selector.register_forward_hook(on_select))
+        block = program.module.get_submodule(spec.name)
+        handles.append(block.register_forward_hook(on_block))
+    run_flat(program, inputs)
+    for handle in handles:
+        handle.remove()
+    errors = []
+    for spec in program.blocks:
+        routed = streams[spec.name].clone()
+        for sample, positions in enumerate(chosen[spec.name]):
+            for row, position in enumerate(positions):
+                routed[sample, position] = processed[spec.name][sample, row]
+        for sample, wanted in enumerate(dense[spec.name].double()):
+            error = (routed[sample].double() - wanted).square().sum()
+            errors.append(error / wanted.square().sum())
+    return torch.stack(errors).mean()
+
+
+def test_the_distance_of_block_outputs_is_the_slow_one(
+    case: Case, program: Program, states: TeacherStates
+) -> None:
+    inputs = batch_of(states, 3)
+    outputs = BlockOutputs(program, dense_twin(program))
+    keep(program, 12)
+    program.module.eval()
+    with torch.no_grad():
+        expected = slow_distance(case, program, inputs)
+        run_flat(outputs.student, inputs)
+        found = outputs.distance(inputs)
+    assert expected > 1e-3
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # fp32 sums
+    keep(program, 36)
+    with torch.no_grad():
+        run_flat(outputs.student, inputs)
+        assert float(outputs.distance(inputs)) == 0
+
+
+def test_the_teacher_keeps_all_tokens_and_the_weights_it_was_made_with(
+    cases: Callable[..., Case], states: TeacherStates
+) -> None:
+    """Even with the paper's gate, whose routed model differs from the dense one from the start."""
+    case = cases("plain", "paper")
+    program = fresh(case)
+    inputs = batch_of(states, 3)
+    dense = dense_twin(program)
+    with torch.no_grad():
+        expected = case.model(**inputs)
+        keep(program, 12)
+        found = run_flat(dense, inputs)[0]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"train": "all"}, {"train": "router"}, {"estimator": "two_bin"}], ids=str
+)
+def test_block_outputs_are_learned_too(
+    case: Case, program: Program, states: TeacherStates, options: dict[str, Any]
+) -> None:
+    other = fresh(case)
+    plain = calibrated(program, states, **options)
+    both = calibrated(other, states, block_outputs=0.1, **options)
+    # more than the output's error from the first steps on that keep fewer tokens
+    assert all(
+        b["loss"] > a["loss"] for a, b in zip(plain.history[:3], both.history[:3], strict=True)
+    )
+    changed = [
+        not torch.equal(one, two)
+        for one, two in zip(
+            program.module.parameters(), other.module.parameters(), strict=True
+        )
+    ]
+    assert any(changed)
+    assert not any("tap" in name for name, _ in other.module.named_modules())
+
+
+def test_every_way_to_train_meets_the_budget_together(
+    program: Program, states: TeacherStates
+) -> None:
+    result = calibrated(
+        program, states, train="lora", checkpointing=True, block_outputs=0.1, precision="bf16"
+    )
+    assert 0.5 < result.schedule.reached <= 0.7
+    assert all(math.isfinite(record["loss"]) for record in result.history)
+
+
+def test_a_failed_calibration_is_a_documented_error(program: Program) -> None:
+    empty = TeacherStates(
+        {"x": torch.zeros(0, 2, 6, 6), "t": torch.zeros(0)}, torch.zeros(0), torch.zeros(0)
+    )
+    with pytest.raises(DiffCRError) as caught:
+        calibrated(program, empty)
+    assert caught.value.exit_code == 2

@@ -10,16 +10,15 @@ float16 is from float32 along a sampling run, and scratch memory with and withou
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
-import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
@@ -28,11 +27,13 @@ from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.half_run import HalfRun
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.profiles_graph import tensorrt_topk, write_profiles_graphs
 from diffcr_compile.export.rtx_build import build_rtx
-from diffcr_compile.manifest import Manifest
+from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
+from diffcr_compile.manifest import Manifest, atomic_write_bytes, write_json_atomic
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.reference import demo
-from diffcr_compile.reference.model import new_reference_dit
+from diffcr_compile.reference.model import REFERENCE_CONFIG, new_reference_dit
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from diffcr_compile.stages import sampling_states
 from diffcr_compile.summary import environment
@@ -75,7 +76,34 @@ def export_half(frozen: Sequence[Program], folder: Path) -> Manifest:
     return dcr.export(modules, folder, precision="fp16", states=states).manifest
 
 
-def build_all(folder: Path, manifest: Manifest, capability: str) -> dict[str, Any]:
+class GraphsOnly(NamedTuple):
+    """What of a manifest names the graphs."""
+
+    buckets: list[dict[str, Any]]
+    profile_graphs: list[dict[str, Any]]
+    schedule: Mapping[str, Sequence[int]]
+
+
+def write_graphs(frozen: Sequence[Program], folder: Path) -> GraphsOnly:
+    """The float16 graphs of both modes over one weights file, without golden outputs and parity."""
+    paths = [f"onnx/bucket_{bucket:02d}.onnx" for bucket in range(len(frozen))]
+    with WeightsWriter(folder / "onnx" / WEIGHTS_FILE) as writer:
+
+        def write(program: Program, path: str) -> None:
+            half = compute_in_half(exported_program(program), program)
+            model, _ = graph_from_exported(half, program)
+            writer.externalize(model)
+            atomic_write_bytes(folder / path, model.SerializeToString())
+
+        for program, path in zip(frozen, paths, strict=True):
+            write(program, path)
+        rows = write_profiles_graphs(frozen, paths, tensorrt_topk(()), write)
+    assert frozen[0].schedule is not None
+    buckets = [{"index": bucket, "onnx": path} for bucket, path in enumerate(paths)]
+    return GraphsOnly(buckets, rows, frozen[0].schedule.kept_tokens)
+
+
+def build_all(folder: Path, manifest: Any, capability: str) -> dict[str, Any]:
     """Build every engine of both modes; bytes and scratch memory of each."""
     found = {}
     for mode in ENGINE_MODES:
@@ -152,15 +180,32 @@ def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
     return found
 
 
+def wide_engines(folder: Path, capability: str = "SM86") -> dict[str, Any]:
+    """The same for a model whose weights outweigh its kernels: width 384, untrained."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 6, "num_layers": len(KEPT)}
+    model = DiTTransformer2DModel(**{**REFERENCE_CONFIG, **heads}).eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    manifest = write_graphs(frozen_programs(model, demo.example_inputs(2)), folder)
+    weights = (folder / "onnx" / WEIGHTS_FILE).stat().st_size
+    return {
+        "parameters": parameters,
+        "weights_bytes": weights,
+        "engines": {capability: build_all(folder, manifest, capability)},
+    }
+
+
 def measure(folder: Path) -> dict[str, Any]:
     frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
-    manifest = export_half(frozen, folder)
+    manifest = export_half(frozen, folder / "reference")
     rounding = [row for row in manifest.parity["precision"] if "rounded" in row["step"]]
     return {
         "model": "reference DiT, 2.8 M parameters, 256 tokens, batch 2",
         "kept_tokens": [list(row) for row in KEPT],
         "weights_bytes": manifest.files[manifest.weights]["bytes"],
-        "engines": {name: build_all(folder, manifest, name) for name in CAPABILITIES},
+        "engines": {
+            name: build_all(folder / "reference", manifest, name) for name in CAPABILITIES
+        },
         "float16": {
             "states": manifest.precision["states"],
             "steps": STEPS,
@@ -172,6 +217,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "dense_samples": sampled_difference(all_kept(frozen)),
         },
         "attention": attention_scratch(),
+        "wide_model": wide_engines(folder / "wide"),
     }
 
 
@@ -180,20 +226,19 @@ def all_kept(frozen: Sequence[Program]) -> list[Program]:
     routed = frozen[0].routed
     assert routed is not None
     graph = dcr.freeze(routed.module, keep_ratio=1.0)[0].program
-    assert graph.schedule is not None
-    return [dataclasses.replace(graph)]
+    return [graph]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(Path(folder) / "out")
+        record = measure(Path(folder))
     record["environment"] = {
         **environment(),
         "tensorrt_rtx": importlib.metadata.version("tensorrt_rtx_cu12"),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    write_json_atomic(RESULTS, record)
+    print(f"wrote {RESULTS}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""TensorRT-RTX builds the reference model in float16, every bucket in both modes, on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+import diffcr_compile as dcr
+from benchmarks.engines import (
+    CAPABILITIES,
+    KEPT,
+    GraphsOnly,
+    build_all,
+    frozen_programs,
+    write_graphs,
+)
+from diffcr_compile.export.half import compute_in_half
+from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.rtx_build import build_rtx
+from diffcr_compile.export.weights import WEIGHTS_FILE
+from diffcr_compile.reference import demo
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphsOnly]:
+    """The graphs alone: their parity is the matter of other tests and of the benchmark."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("engines")
+    frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
+    return folder, write_graphs(frozen, folder)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_bucket_builds_in_both_modes(
+    reference: tuple[Path, GraphsOnly], capability: str
+) -> None:
+    found = build_all(*reference, capability)
+    weights = (reference[0] / "onnx" / WEIGHTS_FILE).stat().st_size
+    separate = found["per_bucket"]["engines"]
+    (shared,) = found["profiles"]["engines"]
+    buckets = len(KEPT[0])
+    assert len(separate) == shared["profiles"] == buckets
+    # weights are in each engine, and in the shared one once: kernels of a profile weigh what they weigh
+    overhead = max(engine["bytes"] for engine in separate) - weights
+    assert overhead > 0
+    assert shared["bytes"] < weights + 1.25 * buckets * overhead
+    assert found["profiles"]["bytes"] < 0.75 * found["per_bucket"]["bytes"]
+    # a profile needs no more scratch memory than the static graph of its bucket, but for a little
+    static = [engine["activation_bytes"][0] for engine in separate]
+    assert len(shared["activation_bytes"]) == buckets
+    for profile, alone in zip(shared["activation_bytes"], static, strict=True):
+        assert profile <= 1.1 * alone
+
+
+def test_attention_is_fused_in_every_block_in_float16_and_in_none_in_float32() -> None:
+    """With 1,936 tokens a score matrix is larger than all other scratch memory: one would show."""
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    side, heads = 88, 4
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=16, in_channels=1, out_channels=1,
+        num_layers=2, sample_size=side, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=2,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 1, side, side),
+        "timestep": torch.tensor([300.0]),
+        "class_labels": torch.tensor([1]),
+    }
+    kept = (side // 2) ** 2 * 3 // 4
+    program = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.75)[0].program
+    exported = exported_program(program)
+    scratch = {}
+    for name, made in (("fp16", compute_in_half(exported, program)), ("fp32", exported)):
+        data = graph_from_exported(made, program)[0].SerializeToString()
+        (scratch[name],) = build_rtx(data).activation_bytes
+    assert scratch["fp16"] < heads * kept * kept * 2
+    assert scratch["fp32"] > heads * kept * kept * 4

@@ -29,6 +29,7 @@ AT_A_BUDGET = (
     "dense, fewer steps",
     "ours, a fifth of the steps",
     "training-free",
+    "ours, two bins",
 )
 # With many steps, where leaving steps out is cheap.
 MANY = ("ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
@@ -39,13 +40,13 @@ def jobs(scale: Scale) -> list[Job]:
     first, second, *rest = (*scale.budgets, None)
     one, *others = scale.seeds
     order = [Job("dense", 1.0, one, scale.few), Job("dense, fine-tuned", 1.0, one, scale.few)]
-    order += at_a_budget(first, one, scale)
+    order += at_a_budget(first, one, scale.few)
     if second:
-        order += at_a_budget(second, one, scale)
+        order += at_a_budget(second, one, scale.few)
     for seed in others:
         order.append(Job("dense", 1.0, seed, scale.few))
         order.append(Job("dense, fine-tuned", 1.0, seed, scale.few))
-        order += at_a_budget(first, seed, scale)
+        order += at_a_budget(first, seed, scale.few)
     order.append(Job("dense", 1.0, one, scale.many))
     order += [Job(name, first, one, scale.many) for name in MANY]
     order += [Job("dense", 1.0, one, steps) for steps in scale.dense_steps]
@@ -53,12 +54,13 @@ def jobs(scale: Scale) -> list[Job]:
         (budget, seed) for budget in (second, *rest) if budget for seed in scale.seeds
     ]
     for budget, seed in remaining:
-        order += at_a_budget(budget, seed, scale)
+        order += at_a_budget(budget, seed, scale.few)
+    order += at_a_budget(first, one, scale.fewest)
     return list(dict.fromkeys(order))
 
 
-def at_a_budget(budget: float, seed: int, scale: Scale) -> list[Job]:
-    return [Job(name, budget, seed, scale.few) for name in AT_A_BUDGET]
+def at_a_budget(budget: float, seed: int, steps: int) -> list[Job]:
+    return [Job(name, budget, seed, steps) for name in AT_A_BUDGET]
 
 
 def run(job: Job, scale: Scale, work: Path, data: Path) -> dict[str, Any]:

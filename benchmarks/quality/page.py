@@ -21,6 +21,7 @@ NOTES = {
     "dense, fewer steps": "as many as the budget pays for, rounded down",
     "dense, fine-tuned": "trained on for as many steps, flow matching on images",
     "ours, a fifth of the steps": "of training",
+    "ours, two bins": "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
 }
 

@@ -10,11 +10,13 @@ from diffcr_compile.config import CompileConfig, make_config
 BUDGETS = (0.6, 0.42, 0.8)
 SEEDS = (0, 1, 2)
 SAMPLES = 2000
-# Sampling steps of the two regimes. Multiples of the number of timestep buckets, so that every bucket holds
+# Sampling steps of the regimes. Multiples of the number of timestep buckets, so that every bucket holds
 # equally many steps and a schedule costs in the loop what the solver says.
-FEW_STEPS, MANY_STEPS = 4, 12
+FEW_STEPS, MANY_STEPS = 8, 20
+# So few that what the steps leave out outweighs what a compression does.
+FEWEST_STEPS = 4
 # Steps of the dense model alone, to find out from where on it can simply leave steps out.
-DENSE_STEPS = (2, 3, 5, 6, 8)
+DENSE_STEPS = (4, 5, 6, 12)
 
 OURS: dict[str, dict[str, Any]] = {
     "routing": {"skip_blocks": True},
@@ -36,6 +38,7 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
         "routing": {"skip_blocks": False},
         "calibration": {"ratios": "uniform"},
     },
+    "ours, two bins": {"calibration": {"estimator": "two_bin"}},
     "random router": {"routing": {"router": "random"}},
     "blocks dropped": WHOLE_BLOCKS,
     "ours, a fifth of the steps": {},
@@ -54,6 +57,7 @@ class Scale:
     budgets: tuple[float, ...] = BUDGETS
     few: int = FEW_STEPS
     many: int = MANY_STEPS
+    fewest: int = FEWEST_STEPS
     dense_steps: tuple[int, ...] = DENSE_STEPS
     calibration_steps: int = OURS["calibration"]["steps"]
     # More steps than few: the dense model's states are then nearer to images. Rollouts with as few steps as the
@@ -69,6 +73,7 @@ SMOKE = Scale(
     budgets=(0.6,),
     few=4,
     many=4,
+    fewest=4,
     dense_steps=(2, 4),
     calibration_steps=4,
     trajectories=4,

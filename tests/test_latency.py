@@ -68,7 +68,12 @@ def with_times(table: dict[str, Any], times: dict[int, float], dense: float) -> 
         "milliseconds": [times[k] for k in sorted(times)],
         "errors": [0.0] * len(times),
     }
-    return {"groups": [row], "dense_milliseconds": dense}
+    check = {
+        "kept_tokens": dict.fromkeys(BLOCKS, 32),
+        "predicted_milliseconds": 7.0,
+        "measured_milliseconds": 7.5,
+    }
+    return {"groups": [row], "dense_milliseconds": dense, "check": check}
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -360,6 +365,16 @@ def test_the_isotonic_fit_is_the_nearest_that_never_falls() -> None:
     [
         ({"stable": False}, "not stable"),
         ({"dense_milliseconds": 1.0}, "longer than the whole model"),
+        (
+            {
+                "check": {
+                    "kept_tokens": {},
+                    "predicted_milliseconds": 7.0,
+                    "measured_milliseconds": 14.0,
+                }
+            },
+            "took 200% of what they predict",
+        ),
         ({"model": {"name": "x", "fingerprint": "y", "batch": 9}}, "measured on x at batch 9"),
     ],
 )

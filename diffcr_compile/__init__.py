@@ -31,7 +31,7 @@ _PUBLIC = {
     "freeze": "diffcr_compile.api",
     "inspect": "diffcr_compile.api",
     "load": "diffcr_compile.runtime",
-    "remove": "diffcr_compile.api",
+    "remove": "diffcr_compile.undo",
     "route": "diffcr_compile.api",
     "suggest": "diffcr_compile.suggestions",
 }

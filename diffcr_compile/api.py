@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +16,17 @@ from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
+from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.export.precision import HALF_TOLERANCE
-from diffcr_compile.manifest import Manifest, read_manifest
+from diffcr_compile.guidance import graph_batch, guidance_of
+from diffcr_compile.made import Artifact, stopped
+from diffcr_compile.manifest import read_manifest
 from diffcr_compile.opened import (
     ExampleInputs,
     PipelineInputs,
+    call_batch,
     call_of,
     open_model,
     shapes,
@@ -43,11 +46,12 @@ from diffcr_compile.resumable import (
     dense_exported,
     evaluated,
     exported,
+    keep_schedule,
     reported,
     take_part,
     workspace_of,
 )
-from diffcr_compile.runtime import Runner, load
+from diffcr_compile.runtime import load
 from diffcr_compile.schedule import TokenSchedule, check_budget
 from diffcr_compile.stages import (
     Data,
@@ -77,22 +81,8 @@ __all__ = [
     "freeze",
     "inspect",
     "load",
-    "remove",
     "route",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Artifact:
-    """A compiled model on disk."""
-
-    folder: Path
-    manifest: Manifest
-    report: Mapping[str, Any] | None = None
-
-    def load(self, **options: Any) -> Runner:
-        """A runner for it, see ``diffcr_compile.runtime``."""
-        return load(self.folder, **options)
 
 
 def inspect(
@@ -166,28 +156,6 @@ def route(
     model, example_inputs, _ = open_model(model, example_inputs, pipeline_inputs, component)
     ready = prepared(model, config.fuse_adapters)
     return routed_program(captured(ready, example_inputs, config, model), config, seed).module
-
-
-def remove(routed: nn.Module, *, accept_changes: bool = False) -> nn.Module:
-    """The model that a graph was made from, as it was: same object, same modules, same bits.
-
-    Routing puts nothing on the model. What using the graph leaves on modules that the two share, the
-    training switch and gradients, is put back to what it was.
-
-    Args:
-        routed: from :func:`route` or :func:`freeze`.
-        accept_changes: give the model back also where its weights were changed meanwhile.
-
-    Raises:
-        UsageError: weights of the model were written to since; names them.
-    """
-    origin = routed.program.origin if isinstance(routed, DiTGraph) else None
-    if origin is None:
-        raise UsageError(
-            f"expected a graph from dcr.route() or dcr.freeze(), got {type(routed).__name__}",
-            code="DCR-U025",
-        )
-    return origin.restore(accept_changes)
 
 
 def calibrate(
@@ -328,6 +296,7 @@ def compile(
     evaluate: Evaluate | None = None,
     name: str | None = None,
     progress: Event | None = None,
+    until: Literal["calibrate", "freeze", "export"] | None = None,
 ) -> Artifact:
     """Capture, route, calibrate, freeze, export, validate, benchmark, report.
 
@@ -352,6 +321,8 @@ def compile(
             run the model; what it returns becomes ``report.json``'s ``quality``.
         name: how the model is called in the report.
         progress: called with (stage, done, all, figures).
+        until: the last stage to run; the same call without it, or with a later one, goes on. The artifact
+            has no manifest before ``export``, and no report before the end.
 
     Raises:
         UnsupportedModelError, BudgetError, UsageError, ArtifactError, AccuracyError: see each stage.
@@ -359,20 +330,24 @@ def compile(
     config = config or CompileConfig()
     find_targets(config.export.target)  # a wrong name is said before hours of work
     share = parse_budget(budget)
+    if config.run.budget is None:
+        config = config.with_run("budget argument", budget=str(budget))
     model, example_inputs, runs = open_model(
         model, example_inputs, pipeline_inputs, component, config.rollouts.steps
     )
     user_model, model = model, prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    guidance = guidance_of(runs, config.export, call_batch(example_inputs))
+    batch = graph_batch(guidance, config.export)
     patience = config.calibration.rank_timeout
     with joined_ranks(patience) as ranks, workspace_of(Path(out), ranks) as space:
+        space.write_text(EFFECTIVE_FILE, effective_yaml(config))
         made_of = [shapes(example_inputs), runs.identity] if runs else shapes(example_inputs)
         identity = fingerprint(weights_hash(model), name, made_of)
         with space.stage("capture", identity):
             dense = with_batch(
-                captured(model, example_inputs, config.routing, user_model),
-                config.export.batch,
+                captured(model, example_inputs, config.routing, user_model), batch
             )
         with space.stage("route", identity):
             routed = routed_program(dense, config.routing, config.calibration.seed)
@@ -384,18 +359,26 @@ def compile(
         given = runs if data is None else data
         if not ranks.leads:
             take_part(Path(out), routed, given, share, config, sampler, conditions, ranks)
-            return Artifact(Path(out), read_manifest(Path(out)))
+            early = until in ("calibrate", "freeze")
+            return Artifact(Path(out), None if early else read_manifest(Path(out)))
         result = calibrated(
             space, key, routed, given, share, config, sampler, conditions, progress, ranks
         )
+        if until == "calibrate":
+            return stopped(space, ranks)
         with space.stage("freeze", key):
             graphs = freeze(routed.module, result, target=config.export.target)
             frozen = [graph.program for graph in graphs]
             ladder += [frozen_parity(routed, program) for program in frozen]
+        if until == "freeze":
+            keep_schedule(space, frozen[0])
+            return stopped(space, ranks)
         timesteps = list(runs.timesteps) if runs else sampler.timesteps
         own = None if runs else sampler
-        manifest = exported(space, key, frozen, name, config, progress, timesteps, own)
-        dense_exported(space, fingerprint(identity, config.export.batch), dense)
+        manifest = exported(space, key, frozen, name, config, progress, timesteps, own, guidance)
+        if until == "export":
+            return stopped(space, ranks, manifest)
+        dense_exported(space, fingerprint(identity, batch), dense)
         for part in ("precision", "buckets", "profiles"):
             ladder += [Parity(**row) for row in manifest.parity[part]]
         compiled = Compiled(
@@ -404,6 +387,6 @@ def compile(
         with space.stage("benchmark", key):
             speed = bench.best_sampling_loops(space.folder, timesteps)
         quality = evaluated(space, key, evaluate)
-        report = reported(space, compiled, config, speed, quality)
+        report = reported(space, compiled, config, speed, quality, timesteps)
         ranks.wait_for_leader()
     return Artifact(Path(out), manifest, report)

@@ -14,13 +14,16 @@ from diffcr_compile.commands import (
     build,
     compile,
     demo,
+    diff,
     doctor,
+    init,
     inspect,
     lint,
     pack,
     report,
     run,
     show,
+    stages,
     suggest,
     validate,
 )
@@ -30,9 +33,11 @@ from diffcr_compile.errors import INTERRUPTED, DiffCRError, one_line
 
 VERBS = (
     doctor,
+    init,
     inspect,
     suggest,
     compile,
+    stages,
     validate,
     lint,
     build,
@@ -41,6 +46,7 @@ VERBS = (
     report,
     run,
     show,
+    diff,
     demo,
 )
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
@@ -31,6 +38,13 @@ class RoutingConfig(_Section):
         default="auto",
         description="what is routed: whole blocks; their token-wise parts, such as feed-forwards; "
         "or parts only where the whole block is refused",
+    )
+    include: tuple[str, ...] = Field(
+        default=(),
+        description="blocks that may be routed, by name or as re:<regular expression>; empty for all",
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="blocks that stay dense, written like those of include"
     )
     share_index: int = Field(
         default=1,
@@ -204,6 +218,11 @@ class ExportConfig(_Section):
         ge=1,
         description="batch size of the static graphs; null is the example's",
     )
+    cfg: Literal["batched", "separate", "none"] | None = Field(
+        default=None,
+        description="classifier-free guidance: both halves in one batch; one after the other; or none. To be "
+        "said wherever a pipeline guides",
+    )
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )
@@ -229,8 +248,45 @@ class ExportConfig(_Section):
     )
 
 
+class RunConfig(_Section):
+    """What is compiled; the same things as arguments of the command are stronger."""
+
+    model: str | None = Field(
+        default=None,
+        description="demo, python:<module>:<factory> or diffusers:<folder>[#component]",
+    )
+    inputs: str | None = Field(
+        default=None,
+        description="safetensors with example inputs, or tensors of a pipeline's call",
+    )
+    pipeline_inputs: str | None = Field(
+        default=None, description="YAML or JSON with the arguments of a pipeline's call"
+    )
+    budget: str | None = Field(
+        default=None, description="share of the dense MACs, such as 60%"
+    )
+
+
 class CompileConfig(_Section):
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        origins: dotted key -> where its value came from, for those that are not defaults.
+    """
+
+    run: RunConfig = RunConfig()
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        return self._origins
+
+    def with_run(self, origin: str, **values: str | None) -> CompileConfig:
+        """The same settings with these of the ``run`` section; None leaves a value."""
+        given = {name: value for name, value in values.items() if value is not None}
+        changed = self.model_copy(update={"run": self.run.model_copy(update=given)})
+        changed._origins = {**self._origins, **{f"run.{name}": origin for name in given}}
+        return changed
 
     routing: RoutingConfig = RoutingConfig()
     rollouts: RolloutConfig = RolloutConfig()
@@ -302,6 +358,7 @@ def load_config(
         defaults: section -> key -> value, weaker than the file and stronger than the built-in ones.
     """
     data: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     if path is not None:
         if not path.exists():
             raise UsageError(f"the configuration file {path} does not exist", code="DCR-U011")
@@ -314,7 +371,14 @@ def load_config(
                 f"{path} holds a {type(data).__name__}, expected sections such as `calibration:`",
                 code="DCR-U012",
             )
+        origins |= _origins_of(data, str(path))
+    data = {name: section for name, section in data.items() if section is not None}
     for name, section in (defaults or {}).items():
+        origins |= {
+            k: v
+            for k, v in _origins_of({name: section}, "the verb").items()
+            if k not in origins
+        }
         mine = data.get(name)
         if mine is None or isinstance(mine, dict):
             data[name] = {**section, **(mine or {})}
@@ -329,4 +393,16 @@ def load_config(
                     code="DCR-U009",
                 )
         section[last] = value
-    return make_config(data)
+        origins[key] = "--set"
+    config = make_config(data)
+    config._origins = origins
+    return config
+
+
+def _origins_of(data: Mapping[str, Any], origin: str) -> dict[str, str]:
+    return {
+        f"{name}.{key}": origin
+        for name, section in data.items()
+        if isinstance(section, dict)
+        for key in section
+    }

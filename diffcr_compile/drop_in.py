@@ -107,7 +107,7 @@ class DiffusersTransformer(CompiledDenoiser):
                     "backend='torch' runs the graphs around the dense model: pass model=pipe.transformer",
                     code="DCR-U052",
                 )
-            runner = FrozenGraphs(read_manifest(path), rebuild(path, model))
+            runner = FrozenGraphs(read_manifest(path), rebuild(path, model).frozen)
         else:
             runner = Runner(path, **options)
         guidance = recipe.guidance or {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffcr_compile.calibrate.pipeline_calls import Inputs
 from diffcr_compile.calibrate.pipelines import (
@@ -60,6 +61,13 @@ def call_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     return tuple(example_inputs), {}
+
+
+def call_batch(example_inputs: ExampleInputs) -> int:
+    """Batch size of a call: axis 0 of its tensor with the most axes; 1 where no tensor has an axis."""
+    tensors = [t for t in pytree.tree_leaves(call_of(example_inputs)) if isinstance(t, Tensor)]
+    largest = max(tensors, key=lambda t: t.ndim)
+    return largest.shape[0] if largest.ndim else 1
 
 
 def shapes(example_inputs: ExampleInputs) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
@@ -33,7 +34,20 @@ from diffcr_compile.stages import captured, routed_program
 TOLERANCE = 1e-4
 
 
-def rebuild(folder: Path, model: nn.Module) -> tuple[DiTGraph, ...]:
+@dataclasses.dataclass(frozen=True)
+class Rebuilt:
+    """Graphs around the dense model.
+
+    Attributes:
+        captured: the dense model itself, with its own weights.
+        frozen: one graph per timestep bucket, with what was learned.
+    """
+
+    captured: Program
+    frozen: tuple[DiTGraph, ...]
+
+
+def rebuild(folder: Path, model: nn.Module) -> Rebuilt:
     """The artifact's FROZEN graphs around `model`, one per timestep bucket.
 
     The model is captured and routed as the artifact says, gets the learned routers and weights, and must
@@ -51,7 +65,8 @@ def rebuild(folder: Path, model: nn.Module) -> tuple[DiTGraph, ...]:
     verify_artifact(folder, manifest)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        routed = _routed(folder, manifest, recipe, model, device)
+        dense = _captured(folder, manifest, recipe, model, device)
+        routed = _routed(folder, recipe, dense)
         data = json.loads((folder / "model/schedule.json").read_text(encoding="utf-8"))
         schedule = TokenSchedule.from_json(data)
         frozen = [
@@ -68,17 +83,20 @@ def rebuild(folder: Path, model: nn.Module) -> tuple[DiTGraph, ...]:
             f"dense {recipe.class_name} with the weights that it was compiled from.",
             code="DCR-U051",
         ) from error
-    return tuple(program.module for program in frozen)
+    return Rebuilt(dense, tuple(program.module for program in frozen))
 
 
-def _routed(
+def _captured(
     folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Module, device: torch.device
 ) -> Program:
-    """The model routed as it was, with what was learned."""
     routing = RoutingConfig(**recipe.routing)
     call = _example_call(folder, manifest, recipe, model, device)
-    ready = prepared(model, routing.fuse_adapters)
-    routed = routed_program(captured(ready, call, routing, model), routing, seed=0)
+    return captured(prepared(model, routing.fuse_adapters), call, routing, model)
+
+
+def _routed(folder: Path, recipe: Recipe, dense: Program) -> Program:
+    """The model routed as it was, with what was learned."""
+    routed = routed_program(dense, RoutingConfig(**recipe.routing), seed=0)
     learned = load_file(folder / recipe.learned)
     if any("_select.router." not in name for name in learned):
         own_weights(routed.module)

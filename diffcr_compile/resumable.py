@@ -23,8 +23,11 @@ from diffcr_compile.calibrate.lora import adapted_layers
 from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import CompileConfig
+from diffcr_compile.drift import trajectory_drift
 from diffcr_compile.export.artifact import export_dense
 from diffcr_compile.export.parity import Parity
+from diffcr_compile.guidance import Guidance
+from diffcr_compile.importance import token_importance
 from diffcr_compile.manifest import (
     Manifest,
     read_manifest,
@@ -139,7 +142,7 @@ def workspace_of(out: Path, ranks: Ranks) -> Iterator[Workspace]:
 
 def calibration_settings(config: CompileConfig) -> dict[str, Any]:
     """The settings that a calibration's result depends on."""
-    return config.model_dump(exclude={"export": True, "calibration": NO_EFFECT})
+    return config.model_dump(exclude={"export": True, "run": True, "calibration": NO_EFFECT})
 
 
 def _forget_rollouts(folder: Path, key: str) -> None:
@@ -152,6 +155,12 @@ def _forget_rollouts(folder: Path, key: str) -> None:
     marker.write_text(key)
 
 
+def keep_schedule(space: Workspace, frozen: Program) -> None:
+    """The schedule alone, where a compilation stops before the export; the export writes the same file."""
+    assert frozen.schedule is not None
+    write_json_atomic(space.subfolder("model") / "schedule.json", frozen.schedule.to_json())
+
+
 def exported(
     space: Workspace,
     key: str,
@@ -161,6 +170,7 @@ def exported(
     progress: Event | None,
     timesteps: Sequence[float],
     sampler: Sampler | None,
+    guidance: Guidance | None = None,
 ) -> Manifest:
     """The artifact, or the one of an earlier run; fp16 is tried on a sampling run of these timesteps."""
     key = fingerprint(key, config.export.model_dump())
@@ -183,6 +193,7 @@ def exported(
             learned="model/routed.safetensors",
             profiles=config.export.profiles,
             half=half,
+            guidance=guidance.to_json() if guidance else None,
         )
 
 
@@ -215,13 +226,19 @@ def reported(
     config: CompileConfig,
     speed: dict[str, Any],
     quality: dict[str, Any] | None,
+    timesteps: Sequence[float],
 ) -> dict[str, Any]:
-    from diffcr_compile.report import write_html, write_keep_map
+    from diffcr_compile.report import write_html, write_importance, write_keep_map
     from diffcr_compile.summary import build_report
 
     folder = space.subfolder("report")
     with space.stage("report", "always"):
-        report = build_report(compiled, config, speed, quality, space.folder)
+        drift = trajectory_drift(space.folder, timesteps)
+        seen = token_importance(compiled.frozen, timesteps)
+        (folder / "importance.png").unlink(missing_ok=True)  # of an earlier run
+        if seen is not None:
+            write_importance(seen.samples, seen.shares, folder / "importance.png")
+        report = build_report(compiled, config, speed, quality, space.folder, drift)
         write_keep_map(report, folder / "keep_map.png")
     report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
     write_json_atomic(folder / "report.json", report)

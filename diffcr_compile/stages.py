@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.attachments import checkpointing_off
+from diffcr_compile.block_choice import choose_blocks
 from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import (
     Conditions,
@@ -67,6 +68,7 @@ def _found_and_captured(
 ) -> Program:
     args, kwargs = call_of(example_inputs)
     findings = find_blocks(model, args, kwargs, granularity=config.granularity)
+    findings = choose_blocks(findings, config)
     if not findings.blocks:
         reasons = "\n".join(f"  {r.block}: {r.reason}" for r in findings.refused)
         raise UnsupportedModelError(

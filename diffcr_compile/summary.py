@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffcr_compile.budgets import table_facts
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.schedule import UNITS, CostTable, TokenSchedule, cost_of
+from diffcr_compile.verdict import SPEED_CHECK, commands, decide, stability
 
 if TYPE_CHECKING:
     from diffcr_compile.resumable import Compiled
@@ -39,6 +40,7 @@ def build_report(
     speed: Mapping[str, Any],
     quality: Mapping[str, Any] | None,
     folder: Path,
+    drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report, without seconds and memory, which the workspace adds."""
     schedule, costs = compiled.frozen[0].schedule, compiled.costs
@@ -62,7 +64,7 @@ def build_report(
             "macs": macs,
             "table": table_facts(config.budget),
         },
-        "speedup": {"macs_implied": 1 / macs, **speed},
+        "speedup": {"macs_implied": 1 / macs, **speed, "stability": stability(speed)},
         "parity": parity,
         "size": size,
         "quality": quality,
@@ -85,12 +87,13 @@ def build_report(
             "router_explains": compiled.result.explained,
         },
         "environment": environment(),
-        "commands": [],
+        "commands": commands(config, folder),
+        "drift": drift,
         "warnings": warnings_section(schedule, reached, table_facts(config.budget)),
     }
     report["checks"] = checks_section(report)
-    report["verdict"] = "pass" if all(c["passed"] for c in report["checks"]) else "fail"
-    pictures = ("samples_dense", "samples_compressed")
+    report["checks"], report["verdict"] = decide(report)
+    pictures = ("samples_dense", "samples_compressed", "importance")
     found = {n: f"{n}.png" for n in pictures if (folder / f"report/{n}.png").exists()}
     report["pictures"] = found or None
     return report
@@ -146,6 +149,7 @@ def macs_section(costs: CostTable, schedule: TokenSchedule, reached: float) -> d
             ],
             "routing": [round(r) for r in routing],
             "moved_bytes": [round(costs.moved_bytes[block][i]) for i in at],
+            "break_even": _break_even(costs, block),
         }
     return {
         "dense": round(costs.dense),
@@ -153,6 +157,15 @@ def macs_section(costs: CostTable, schedule: TokenSchedule, reached: float) -> d
         "outer": round(costs.outer),
         "per_block": per_block,
     }
+
+
+def _break_even(costs: CostTable, block: str) -> float | None:
+    """The largest keep ratio at which the routed block costs less than the dense one, router included."""
+    levels, macs = costs.levels[block], costs.per_level[block]
+    below = [
+        kept for kept, cost in zip(levels[:-1], macs[:-1], strict=True) if cost < macs[-1]
+    ]
+    return max(below) / levels[-1] if below else None
 
 
 def checks_section(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -183,7 +196,7 @@ def checks_section(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "expected": f"at most {max(rung['tolerance'] for rung in rungs):.0e}",
         },
         {
-            "name": "speed-up of the sampling loop",
+            "name": SPEED_CHECK,
             "passed": speedup["onnxruntime_cpu_loop"] >= 1 / budget["asked"],
             "found": f"{speedup['onnxruntime_cpu_loop']:.2f} x",
             "expected": f"at least {1 / budget['asked']:.2f} x",

@@ -92,6 +92,14 @@ class Workspace:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file of the artifact, all of it or nothing."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
     def seconds(self) -> dict[str, float]:
         """Wall seconds of each finished stage."""
         return {name: record["seconds"] for name, record in self.records.items()}

@@ -135,6 +135,21 @@ def test_over_torch_the_graphs_are_made_again_from_folder_and_dense_model(
     assert np.array_equal(image(case, drop_in), expected)
 
 
+def test_built_separately_both_halves_of_a_guided_call_run_and_so_does_an_unguided_one(
+    built: Callable[[str, str], Built],
+) -> None:
+    case = built("pixart", "off")  # batch 1
+    dense = case.pipe.transformer
+    drop_in = dcr.DiffusersTransformer(case.folder, dense, splits_batch=True)
+    frozen = FrozenInPlace(case.frozen, dense)  # in torch the batch is free
+    for scale in (4.5, 1.0):
+        expected = image(case, frozen, guidance_scale=scale)
+        found = image(case, drop_in, guidance_scale=scale)
+        assert np.abs(found - expected).max() < SAME_IMAGE
+    with pytest.raises(UsageError, match=r"batch 1, and twice that in two halves"):
+        image(case, drop_in, num_images_per_prompt=3)
+
+
 def test_it_has_the_dense_models_face(built: Callable[[str, str], Built]) -> None:
     case = built("pixart", "on")
     dense = case.pipe.transformer

@@ -166,7 +166,7 @@ class HalfBlock(Block):
 def test_equal_classes_and_weights_with_another_attribute_are_tried_apart() -> None:
     model = OwnDiT(block=ShiftBlock).eval()
     model.blocks[1].shift = 1
-    found = dry_run(model, (), inputs_for(), "block")
+    found = dry_run(model, (), inputs_for(), RoutingConfig(granularity="block"))
     assert [spec.name for spec in found.findings.blocks] == ["blocks.0"]
     assert [r.block for r in found.findings.refused] == ["blocks.1"]
     assert "mixes tokens by their position" in found.findings.refused[0].reason
@@ -176,7 +176,7 @@ def test_equal_classes_and_weights_with_another_attribute_are_tried_apart() -> N
 def test_equal_classes_with_other_contents_of_a_buffer_are_tried_apart() -> None:
     model = OwnDiT(block=WeightedBlock).eval()
     model.blocks[1].weights[:18] = 0.5
-    found = dry_run(model, (), inputs_for(), "block")
+    found = dry_run(model, (), inputs_for(), RoutingConfig(granularity="block"))
     assert [spec.name for spec in found.findings.blocks] == ["blocks.0"]
     assert [r.block for r in found.findings.refused] == ["blocks.1"]
 
@@ -185,7 +185,7 @@ def test_equal_classes_with_other_contents_of_a_buffer_are_tried_apart() -> None
 def test_equal_with_all_tokens_but_not_with_half_of_them_are_tried_apart(pinned: int) -> None:
     model = OwnDiT(block=HalfBlock).eval()
     model.blocks[pinned].pinned = True
-    found = dry_run(model, (), inputs_for(), "block")
+    found = dry_run(model, (), inputs_for(), RoutingConfig(granularity="block"))
     assert [spec.name for spec in found.findings.blocks] == [f"blocks.{1 - pinned}"]
     assert "36 tokens are needed" in found.findings.refused[0].reason
 
@@ -478,7 +478,7 @@ def test_json_keys_are_there_when_nothing_can_be_routed() -> None:
 
 def outer_share(found: dict[str, Any]) -> float:
     """OwnDiT outside its blocks: the patch embedding, the timestep and the last layer."""
-    every = dry_run(*_with_args(models.convolution()), "block")
+    every = dry_run(*_with_args(models.convolution()), RoutingConfig(granularity="block"))
     assert every.total_macs is not None
     return 1 - sum(every.macs.values()) / found["macs_dense"]
 

@@ -110,7 +110,8 @@ def test_a_compiled_pipeline_samples_what_the_frozen_graphs_sample(
     torch.manual_seed(0)
     pipe, inputs = pipelines.PIPELINES[name]()
     _wake(pipe.transformer)
-    config = make_config(TINY)
+    guided = {"export": {"cfg": "batched"}} if name == "pixart" else {}
+    config = make_config({**TINY, **guided})
     inputs = {**inputs, "num_inference_steps": 4}
     artifact = dcr.compile(
         pipe, tmp_path / "out", pipeline_inputs=inputs, budget="80%", config=config
@@ -123,6 +124,19 @@ def test_a_compiled_pipeline_samples_what_the_frozen_graphs_sample(
     assert _away(found, _sample(pipe, inputs, dense)) > 1e-3  # tokens were dropped
     highest = artifact.manifest.buckets[-1]["high"]
     assert highest == pytest.approx(max(open_pipeline(pipe, inputs).timesteps))
+
+
+def test_a_pipeline_that_guides_is_not_doubled_silently(
+    opened: Callable[[str], PipelineRuns], tmp_path: Path
+) -> None:
+    runs = opened("pixart")
+    assert runs.images == 1
+    with pytest.raises(
+        UsageError, match=r"batch 2 for 1 image.*separate builds batch 1"
+    ) as error:
+        dcr.compile(runs, tmp_path / "out", config=make_config(TINY))
+    assert error.value.code == "DCR-U055"
+    assert not (tmp_path / "out").exists()  # before any work
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux", "stable_audio", "sd3"])

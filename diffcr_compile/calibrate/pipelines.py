@@ -64,6 +64,7 @@ class PipelineRuns:
         timesteps: the values that the timestep takes, in sampling order.
         steps: sampling steps of a run whose inputs name none.
         bytes_per_run: what the records of one run take.
+        images: how many images a run makes; None if its output does not say.
     """
 
     pipe: Any
@@ -75,6 +76,7 @@ class PipelineRuns:
     timesteps: tuple[float, ...]
     steps: int
     bytes_per_run: int
+    images: int | None = None
 
     @property
     def identity(self) -> Any:
@@ -215,7 +217,7 @@ def open_pipeline(
             times[name].append(float(call.inputs[timestep].flatten()[0]))
 
     with watching(modules, None, note):
-        run_pipeline(pipe, runs[0], steps, seed=0)
+        output = run_pipeline(pipe, runs[0], steps, seed=0)
     wanted = int(runs[0].get("num_inference_steps", steps))
     chosen = component or _denoiser(modules, first, count, wanted)
     if chosen not in first:
@@ -234,7 +236,16 @@ def open_pipeline(
         tuple(dict.fromkeys(times[chosen])),
         steps,
         count[chosen] * _bytes(first[chosen]),
+        _images(output),
     )
+
+
+def _images(output: Any) -> int | None:
+    """Images, or videos, or sounds, of a pipeline's output."""
+    try:
+        return len(output[0])
+    except (TypeError, IndexError, KeyError):
+        return None
 
 
 def equal_steps(timesteps: Sequence[float], count: int) -> TimestepBuckets:

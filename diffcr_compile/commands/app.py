@@ -34,6 +34,17 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         ],
         False,
     ),
+    "dry_run": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--dry-run",
+                help="this verb writes nothing anyway; accepted so that every verb takes it",
+                rich_help_panel=_PANEL,
+            ),
+        ],
+        False,
+    ),
     "no_color": (
         Annotated[
             bool,
@@ -56,7 +67,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 
 
 class App(typer.Typer):
-    """A ``typer.Typer`` whose verbs all take -v, -q, --no-color and --log-json."""
+    """A ``typer.Typer`` whose verbs all take -v, -q, --no-color, --log-json and --dry-run."""
 
     def verb(self, name: str, examples: Sequence[str] = ()) -> Callable[[Any], Any]:
         """Register a function as ``diffcr name``.
@@ -77,21 +88,23 @@ class App(typer.Typer):
 
 def _with_common_options(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as Typer should see it: with the common options, which it never gets."""
+    signature = inspect.signature(function)
+    options = {o: v for o, v in _COMMON.items() if o not in signature.parameters}
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
-        given = {option: arguments.pop(option) for option in _COMMON}
+        given = {option: arguments.pop(option) for option in options}
+        given.pop("dry_run", None)
         _apply(name, **given)
         return function(**arguments)
 
     hints = typing.get_type_hints(function, include_extras=True)
-    hints |= {option: hint for option, (hint, _) in _COMMON.items()}
-    signature = inspect.signature(function)
+    hints |= {option: hint for option, (hint, _) in options.items()}
     own = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
     keyword = inspect.Parameter.KEYWORD_ONLY
     common = [
         inspect.Parameter(option, keyword, default=default, annotation=hints[option])
-        for option, (_, default) in _COMMON.items()
+        for option, (_, default) in options.items()
     ]
     parameters = [*own, *common]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from diffcr_compile.commands.app import App
-from diffcr_compile.commands.demo import demo
+from diffcr_compile.commands.demo import run_demo
+from diffcr_compile.commands.job import make_job
 from diffcr_compile.commands.options import (
     Budget,
     Config,
+    DryRun,
     Inputs,
-    ModelName,
+    OptionalModel,
     Out,
     PipelineFile,
     Settings,
-    settings,
 )
 from diffcr_compile.commands.outcome import print_report
-from diffcr_compile.commands.progress import progress
 
 EXAMPLES = (
     "python:my_model:make -o out --budget 60%",
-    "diffusers:pixart/ --pipeline-inputs call.yaml -o out",
+    "diffusers:pixart/ --pipeline-inputs call.yaml -o out --set export.cfg=batched",
     "diffusers:pixart/transformer --inputs inputs.safetensors -c diffcr.yaml",
+    "-c diffcr.yaml -o out",
 )
+STAGES = "capture, route, rollouts, calibrate, freeze, export, baseline, benchmark, report"
 
 
 def register(app: App) -> None:
@@ -33,33 +34,22 @@ def register(app: App) -> None:
 
 
 def compile_(
-    model: ModelName,
+    model: OptionalModel = None,
     out: Out = Path("out"),
-    budget: Budget = "60%",
+    budget: Budget = None,
     config: Config = None,
     set_: Settings = None,
     inputs: Inputs = None,
     pipeline_inputs: PipelineFile = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Compile a model: capture, route, calibrate, freeze, export, validate, benchmark, report."""
-    import diffcr_compile as dcr
-    from diffcr_compile.sources import load_case
-
-    if model == "demo":
-        demo(out, budget, config, set_)
+    job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs)
+    if job.source == "demo":
+        run_demo(out, job.config.run.budget, config, set_, dry_run=dry_run)
         return
-    chosen = settings(config, set_)
-    case = load_case(model, inputs, pipeline_inputs, chosen.rollouts.steps)
-    started = time.monotonic()
-    with progress() as event:
-        artifact = dcr.compile(
-            case.model,
-            out,
-            example_inputs=case.inputs,
-            budget=budget,
-            config=chosen,
-            conditions=case.conditions,
-            name=case.name,
-            progress=event,
-        )
-    print_report(artifact.report, out, time.monotonic() - started)
+    if dry_run:
+        job.announce(STAGES)
+        return
+    artifact, seconds = job.compile()
+    print_report(artifact.report, out, seconds)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffcr_compile.commands.app import App
-from diffcr_compile.commands.options import Budget, Config, Out, Settings, settings
+from diffcr_compile.commands.job import make_job
+from diffcr_compile.commands.options import Budget, Config, DryRun, Out, Settings
 from diffcr_compile.commands.outcome import print_report
-from diffcr_compile.commands.progress import progress
+
+STAGES = (
+    "capture, route, rollouts, calibrate, freeze, export, baseline, benchmark, quality, report"
+)
+SAMPLES = 400
 
 
 def register(app: App) -> None:
@@ -21,29 +25,32 @@ def register(app: App) -> None:
 
 def demo(
     out: Out = Path("out"),
-    budget: Budget = "60%",
+    budget: Budget = None,
     config: Config = None,
     set_: Settings = None,
-    samples: Annotated[int, typer.Option(help="images for the quality metric")] = 400,
+    samples: Annotated[int, typer.Option(help="images for the quality metric")] = SAMPLES,
+    dry_run: DryRun = False,
 ) -> None:
     """Compile the reference DiT that ships with the package: the whole job, on real input."""
-    import diffcr_compile as dcr
+    run_demo(out, budget, config, set_, samples, dry_run)
+
+
+def run_demo(
+    out: Path,
+    budget: str | None,
+    config: Path | None,
+    set_: list[str] | None,
+    samples: int = SAMPLES,
+    dry_run: bool = False,
+) -> None:
+    """What ``diffcr demo`` and ``diffcr compile demo`` do."""
     from diffcr_compile.reference import demo as reference
 
-    chosen = settings(config, set_, reference.SETTINGS)
-    inputs = reference.example_inputs()
-    batch = chosen.export.batch or len(inputs["timestep"])
-    started = time.monotonic()
-    with progress() as event:
-        artifact = dcr.compile(
-            reference.load_reference_dit(),
-            out,
-            example_inputs=inputs,
-            budget=budget,
-            config=chosen,
-            conditions=reference.draw_labels,
-            evaluate=reference.quality_evaluation(samples, chosen.rollouts.steps, batch),
-            name=reference.NAME,
-            progress=event,
-        )
-    print_report(artifact.report, out, time.monotonic() - started)
+    job = make_job("demo", out, config, set_, budget, defaults=reference.SETTINGS)
+    if dry_run:
+        job.announce(STAGES)
+        return
+    batch = job.config.export.batch or len(reference.example_inputs()["timestep"])
+    evaluate = reference.quality_evaluation(samples, job.config.rollouts.steps, batch)
+    artifact, seconds = job.compile(evaluate=evaluate)
+    print_report(artifact.report, out, seconds)

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from diffcr_compile.commands.app import App
-from diffcr_compile.commands.options import AsJson, Inputs, ModelName, PipelineFile
+from diffcr_compile.commands.options import (
+    AsJson,
+    Config,
+    Inputs,
+    ModelName,
+    PipelineFile,
+    Settings,
+    settings,
+)
 from diffcr_compile.commands.terminal import print_json, say
 
 EXAMPLES = (
@@ -24,6 +32,8 @@ def register(app: App) -> None:
 
 def inspect(
     model: ModelName,
+    config: Config = None,
+    set_: Settings = None,
     inputs: Inputs = None,
     pipeline_inputs: PipelineFile = None,
     target: Annotated[
@@ -40,8 +50,11 @@ def inspect(
     from diffcr_compile.planning.plan_text import plan_text
     from diffcr_compile.sources import load_case
 
+    routing = settings(config, set_).routing
     case = load_case(model, inputs, pipeline_inputs)
-    plan = dcr.inspect(case.model, case.inputs, target=target, macs_per_byte=macs_per_byte)
+    plan = dcr.inspect(
+        case.model, case.inputs, routing, target=target, macs_per_byte=macs_per_byte
+    )
     given = str(inputs) if inputs else None
     source = f"{model} --pipeline-inputs {pipeline_inputs}" if pipeline_inputs else model
     if as_json:

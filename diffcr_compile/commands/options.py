@@ -13,9 +13,9 @@ from diffcr_compile.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="the artifact's folder")]
 Budget = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="share of the dense model's cost, such as 60%: MACs, or latency with budget.metric"
+        help="share of the dense model's cost, such as 60%, which is the default: MACs, or latency with budget.metric"
     ),
 ]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings")]
@@ -31,6 +31,14 @@ ModelName = Annotated[
     str,
     typer.Argument(
         help="demo, python:<module>:<factory>, or diffusers:<folder>\\[#component], a pipeline or a model"
+    ),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="demo, python:<module>:<factory>, or diffusers:<folder>\\[#component]; may be left out where the "
+        "settings have run.model",
     ),
 ]
 Inputs = Annotated[

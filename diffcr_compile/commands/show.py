@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.options import AsJson, Folder
+from diffcr_compile.commands.schedule_table import print_schedule
 from diffcr_compile.commands.terminal import console, print_json
 
 
@@ -22,11 +21,8 @@ def show(out: Folder, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"schedule": manifest.schedule, "buckets": manifest.buckets})
         return
-    ranges = [f"{b['low']:g} to {b['high']:g}" for b in manifest.buckets]
-    table = Table("block", *ranges, "of")
-    for block, kept in manifest.schedule.items():
-        table.add_row(block, *map(str, kept), str(manifest.num_tokens[block]))
-    console.print(table)
+    ranges = [(b["low"], b["high"]) for b in manifest.buckets]
+    print_schedule(manifest.schedule, manifest.num_tokens, ranges)
     unit = {"macs": "MACs"}.get(manifest.budget["metric"], manifest.budget["metric"])
     asked, reached = manifest.budget["asked"], manifest.budget["reached"]
     if asked is not None and reached is not None:

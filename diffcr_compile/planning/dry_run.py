@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from diffcr_compile.block_choice import choose_blocks
 from diffcr_compile.blocks import (
     BlockSpec,
     Path,
@@ -36,11 +37,11 @@ from diffcr_compile.blocks import (
     map_leaves,
 )
 from diffcr_compile.capture import capture
+from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.legality import (
     Examiner,
     Findings,
-    Granularity,
     examine,
     find_blocks,
     guess_views,
@@ -99,7 +100,7 @@ def dry_run(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    granularity: Granularity = "auto",
+    config: RoutingConfig = RoutingConfig(),  # noqa: B008 - frozen
 ) -> DryRun:
     """Look at `model`; what is wrong with it is in the result, nothing is raised.
 
@@ -107,7 +108,10 @@ def dry_run(
         model: any DiT, also one on the meta device; it is not changed.
         args: positional example inputs.
         kwargs: keyword example inputs. Those on the meta device get random values, integers 0.
-        granularity: see ``legality.find_blocks``.
+        config: which blocks are wanted, and how large.
+
+    Raises:
+        UsageError: a block is named that does not exist.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tree: Tree = map_leaves((tuple(args), dict(kwargs)), lambda _, leaf: with_data(leaf))
@@ -122,9 +126,10 @@ def dry_run(
             turned = with_turned_blocks(twin, views)
             first = FakeRun(whole, turned, samples, mode)
         tried = _OnePerStructure(turned, mode, first, views)
-        findings = find_blocks(whole, *samples, tried, granularity)
+        findings = find_blocks(whole, *samples, tried, config.granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-        return _on_real_numbers(model, tree, granularity, error)
+        return _on_real_numbers(model, tree, config, error)
+    findings = choose_blocks(findings, config)
     same_as = {b: o for b, o in tried.same_as.items() if b in _names(findings)}
     program, problem = _captured(model, twin, tree, tried, findings)
     is_fake = program is not None and any(
@@ -151,7 +156,7 @@ def _names(findings: Findings) -> set[str]:
 
 
 def _on_real_numbers(
-    model: nn.Module, tree: Tree, granularity: Granularity, reason: Exception
+    model: nn.Module, tree: Tree, config: RoutingConfig, reason: Exception
 ) -> DryRun:
     """The full way, for a model that looks at the values of its tensors."""
     nothing = Findings((), (), ())
@@ -159,9 +164,10 @@ def _on_real_numbers(
         return DryRun(nothing, error=f"it does not run without data: {short(reason)}")
     whole = shared_copy(model)
     try:
-        findings = find_blocks(whole, *tree, granularity=granularity)
+        findings = find_blocks(whole, *tree, granularity=config.granularity)
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return DryRun(nothing, error=f"it does not run on the example inputs: {short(error)}")
+    findings = choose_blocks(findings, config)
     note = f"the whole model ran on real numbers, because it does not run without: {short(reason)}"
     program, problem = _attempt(lambda: _capture(whole, tree, findings))
     return DryRun(findings, program=program, error=problem, note=note)

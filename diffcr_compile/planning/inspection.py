@@ -193,7 +193,7 @@ def make_plan(
         problem: why the model cannot be looked at, if it cannot.
     """
     if problem is None:
-        seen = dry_run(model, args, kwargs, config.routing.granularity)
+        seen = dry_run(model, args, kwargs, config.routing)
     else:
         seen = DryRun(Findings((), (), ()), error=problem)
     given = "given" if macs_per_byte is not None else f"measured for {target.name}"

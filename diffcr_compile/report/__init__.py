@@ -9,7 +9,11 @@ from diffcr_compile.errors import EnvironmentMissingError
 
 try:
     from diffcr_compile.report.html import write_html
-    from diffcr_compile.report.pictures import write_keep_map, write_sample_sheet
+    from diffcr_compile.report.pictures import (
+        write_importance,
+        write_keep_map,
+        write_sample_sheet,
+    )
 except ModuleNotFoundError as error:
     if error.name not in ("jinja2", "markupsafe", "PIL"):
         raise
@@ -18,4 +22,4 @@ except ModuleNotFoundError as error:
         'Install them with: pip install "diffcr-compile[report]"'
     ) from error
 
-__all__ = ["write_html", "write_keep_map", "write_sample_sheet"]
+__all__ = ["write_html", "write_importance", "write_keep_map", "write_sample_sheet"]

@@ -62,12 +62,22 @@ def _template() -> jinja2.Template:
 def _context(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     rows = view.keep_rows(report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
+    undecided = [c["name"] for c in report["checks"] if not c.get("decided", True)]
+    # A report that says "pass" over a failed check is shown as what it is.
+    passed = report["verdict"] == "pass" and not failed
+    is_open = (
+        report["verdict"] == "inconclusive" and undecided and set(failed) <= set(undecided)
+    )
     speedup, calibration = report.get("speedup"), report.get("calibration")
     return {
         "r": report,
         "failed": failed,
-        # A report that says "pass" over a failed check is shown as what it is.
-        "passed": report["verdict"] == "pass" and not failed,
+        "passed": passed,
+        "state": "pass" if passed else "inconclusive" if is_open else "fail",
+        "undecided": undecided,
+        "stability": (speedup or {}).get("stability"),
+        "drift": view.drift(report.get("drift")),
+        "importance": _picture(report, folder, "importance"),
         "buckets": view.bucket_names(report),
         "rows": rows,
         "mean_ratios": view.mean_ratios(rows),
@@ -94,6 +104,12 @@ def _pictures(report: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
         for key, caption in captions.items()
         if named.get(key)
     ]
+
+
+def _picture(report: Mapping[str, Any], folder: Path, key: str) -> str | None:
+    """Data URI of one picture; None where it was not drawn."""
+    name = (report.get("pictures") or {}).get(key)
+    return _data_uri(folder, str(name)) if name else None
 
 
 def _data_uri(folder: Path, name: str) -> str:

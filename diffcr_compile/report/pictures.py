@@ -20,6 +20,7 @@ from diffcr_compile.report.view import KeepRow, bucket_names, keep_rows, mean_ra
 GAP = 2  # pixels between two samples, not scaled
 GREY = 128  # of the gaps and of the empty places in the last row
 PAPER, INK, FAINT, HEAT = (255, 255, 255), (28, 32, 36), (96, 104, 112), (24, 108, 140)
+IMPORTANT = (232, 120, 32)  # tokens that every block processes
 CELL_WIDTH, CELL_HEIGHT, EDGE = 150, 56, 28  # pixels of the keep map
 LONGEST_NAME = 40  # characters; a longer block name loses its middle
 
@@ -74,6 +75,55 @@ def write_sample_sheet(
         )
     sheet = _tile(_to_bytes(images, scale), columns)
     return _write_png(Image.fromarray(sheet), path)
+
+
+def write_importance(
+    samples: npt.NDArray[np.floating[Any]],
+    shares: npt.NDArray[np.floating[Any]],
+    path: Path,
+    size: int = 96,
+) -> Path:
+    """Write samples over denoising steps with the tokens' importance laid over them.
+
+    Args:
+        samples: (steps, samples, channels, height, width); shown in grey, each on its own scale.
+        shares: (steps, samples, rows, columns) in [0, 1], one number per token.
+        path: where the PNG goes.
+        size: edge of one picture in pixels; each is shown plain and, below, with the overlay.
+    """
+    steps, count = samples.shape[:2]
+    sheet = Image.new(
+        "RGB", (steps * (size + GAP) - GAP, count * 2 * (size + GAP) - GAP), PAPER
+    )
+    for i in range(count):
+        for step in range(steps):
+            grey = samples[step, i].mean(axis=0)
+            low, high = float(grey.min()), float(grey.max())
+            levels = np.rint((grey - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+            plain = (
+                Image.fromarray(levels)
+                .convert("RGB")
+                .resize((size, size), Image.Resampling.NEAREST)
+            )
+            left, top = step * (size + GAP), 2 * i * (size + GAP)
+            sheet.paste(plain, (left, top))
+            overlay = _overlay(np.asarray(plain), shares[step, i])
+            sheet.paste(overlay, (left, top + size + GAP))
+    return _write_png(sheet, path)
+
+
+def _overlay(
+    picture: npt.NDArray[np.uint8], shares: npt.NDArray[np.floating[Any]]
+) -> Image.Image:
+    """The picture, paler where a token bypasses blocks and tinted where blocks process it."""
+    height, width = picture.shape[:2]
+    mask = Image.fromarray(np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8))
+    weight = (
+        np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))[..., None] / 255
+    )
+    warm = np.array(IMPORTANT, dtype=np.float64)
+    mixed = picture * (1 - 0.65 * weight) + warm * 0.65 * weight
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def _to_bytes(images: npt.NDArray[np.floating[Any]], scale: int) -> npt.NDArray[np.uint8]:

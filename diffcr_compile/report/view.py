@@ -127,6 +127,16 @@ def timing_runs(speedup: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+def drift(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The trajectory's drift as a chart over the steps, and its last value."""
+    values = [float(value) for value in (found or {}).get("relative_l2") or []]
+    if not values:
+        return None
+    steps = list(range(1, len(values) + 1))
+    chart = line_chart("Drift over sampling steps", steps, [Line("distance", values)], number)
+    return {"chart": chart, "last": values[-1]}
+
+
 def without(settings: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
     """The settings except ``keys``, which are shown elsewhere."""
     return {key: value for key, value in (settings or {}).items() if key not in keys}

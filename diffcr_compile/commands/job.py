@@ -1,0 +1,165 @@
+"""What the verbs of a compilation share: which model, with which settings, and how far."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffcr_compile.commands.options import settings
+from diffcr_compile.commands.progress import progress
+from diffcr_compile.commands.terminal import note, print_json, say
+from diffcr_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from diffcr_compile.api import Artifact
+    from diffcr_compile.config import CompileConfig
+    from diffcr_compile.sources import Case
+
+DEFAULT_BUDGET = "60%"
+Until = Literal["calibrate", "freeze", "export"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A compilation as the command line names it.
+
+    Attributes:
+        config: all settings; its ``run`` section says what is compiled.
+        out: the artifact's folder.
+    """
+
+    config: CompileConfig
+    out: Path
+
+    @property
+    def source(self) -> str:
+        """MODEL."""
+        assert self.config.run.model is not None
+        return self.config.run.model
+
+    def load(self) -> Case:
+        """The model and its inputs."""
+        from diffcr_compile.sources import load_case
+
+        run = self.config.run
+        return load_case(
+            self.source,
+            Path(run.inputs) if run.inputs else None,
+            Path(run.pipeline_inputs) if run.pipeline_inputs else None,
+            self.config.rollouts.steps,
+        )
+
+    def compile(self, until: Until | None = None, **options: Any) -> tuple[Artifact, float]:
+        """Run it, with progress; the artifact and the seconds that it took."""
+        import diffcr_compile as dcr
+
+        case, started = self.load(), time.monotonic()
+        with progress() as event:
+            artifact = dcr.compile(
+                case.model,
+                self.out,
+                example_inputs=case.inputs,
+                budget=self.config.run.budget or DEFAULT_BUDGET,
+                config=self.config,
+                conditions=case.conditions,
+                name=case.name,
+                progress=event,
+                until=until,
+                **options,
+            )
+        return artifact, time.monotonic() - started
+
+    def announce(self, stages: str, as_json: bool = False) -> None:
+        """The dry run: what would be done and written, after a look at the model. Writes nothing."""
+        import diffcr_compile as dcr
+
+        case = self.load()
+        plan = dcr.inspect(case.model, case.inputs, self.config.routing)
+        done = [name for name in stages.split(", ") if name in _finished(self.out)]
+        routed, refused = len(plan.blocks), len(plan.refused)
+        budget = self.config.run.budget or DEFAULT_BUDGET
+        if as_json:
+            print_json(
+                {"model": self.source, "out": str(self.out), "stages": stages.split(", "), "finished": done,
+                 "budget": budget, "routed": routed, "refused": refused, "error": plan.error,
+                 "written": False}
+            )  # fmt: skip
+            return
+        say(f"would compile {self.source} into {self.out}, budget {budget}")
+        say(f"{routed} blocks would be routed, {refused} stay dense")
+        if plan.error:
+            say(f"it cannot be compiled: {plan.error}")
+        before = f" (finished before: {', '.join(done)})" if done else ""
+        say(f"stages: {stages}{before}")
+        say("nothing was written")
+
+
+def make_job(
+    model: str | None,
+    out: Path,
+    config: Path | None,
+    assignments: list[str] | None,
+    budget: str | None,
+    inputs: Path | None = None,
+    pipeline_inputs: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Job:
+    """A job from the command line; what it does not say comes from the ``run`` section of the settings.
+
+    Raises:
+        UsageError: nobody names the model.
+    """
+    chosen = settings(config, assignments, defaults).with_run(
+        "flag",
+        model=model,
+        inputs=str(inputs) if inputs else None,
+        pipeline_inputs=str(pipeline_inputs) if pipeline_inputs else None,
+        budget=budget,
+    )
+    if chosen.run.budget is None:
+        chosen = chosen.with_run("default", budget=DEFAULT_BUDGET)
+    if chosen.run.model is None:
+        raise UsageError(
+            "no MODEL: name it on the command line (demo, python:<module>:<factory> or diffusers:<folder>), "
+            "or as run.model in the file of --config",
+            code="DCR-U001",
+        )
+    return Job(chosen, out)
+
+
+def job_of_folder(out: Path) -> Job:
+    """The job that began in an artifact's folder.
+
+    Raises:
+        UsageError: none did, or it was begun in Python, where the model is.
+    """
+    from diffcr_compile.config_text import EFFECTIVE_FILE, read_effective
+
+    path = out / EFFECTIVE_FILE
+    config = read_effective(path) if path.exists() else None
+    if config is None or config.run.model is None:
+        raise UsageError(
+            f"{path} {'names no model' if config else 'does not exist'}, so it is not known what to go on "
+            "with. Begin with diffcr calibrate MODEL -o FOLDER; what was begun in Python goes on there.",
+            code="DCR-U056",
+        )
+    return Job(config, out)
+
+
+def say_done(artifact: Artifact, seconds: float, what: str, following: str) -> None:
+    """One line for what was made, one for the command that goes on."""
+    say(f"{what} in {seconds:.0f} s: {artifact.folder}")
+    note(f"next: {following}")
+
+
+def _finished(out: Path) -> set[str]:
+    import json
+
+    path = out / "stages.json"
+    if not path.exists():
+        return set()
+    found: dict[str, Any] = json.loads(path.read_text())
+    return set(found)

@@ -375,7 +375,9 @@ def compile(
             return stopped(space, ranks)
         timesteps = list(runs.timesteps) if runs else sampler.timesteps
         own = None if runs else sampler
-        manifest = exported(space, key, frozen, name, config, progress, timesteps, own, guidance)
+        manifest = exported(
+            space, key, frozen, name, config, progress, timesteps, own, guidance
+        )
         if until == "export":
             return stopped(space, ranks, manifest)
         dense_exported(space, fingerprint(identity, batch), dense)

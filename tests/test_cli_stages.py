@@ -99,6 +99,7 @@ DRY: dict[str, str] = {
     "pack": "out -o model.zip",
     "bench": "out --steps 2 --repeats 1",
     "report": "out",
+    "suggest": f"{TINY} --budgets 80%,60%",
     "run": "out",
     "show": "out",
     "diff": "out out",

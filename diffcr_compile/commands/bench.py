@@ -9,7 +9,14 @@ import typer
 
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.bench_table import MeasureOptions, bench_table
-from diffcr_compile.commands.options import AsJson, Config, Inputs, PipelineFile, Settings
+from diffcr_compile.commands.options import (
+    AsJson,
+    Config,
+    DryRun,
+    Inputs,
+    PipelineFile,
+    Settings,
+)
 from diffcr_compile.commands.terminal import print_json, say
 from diffcr_compile.errors import UsageError
 
@@ -66,6 +73,7 @@ def bench(
     set_: Settings = None,
     inputs: Inputs = None,
     pipeline_inputs: PipelineFile = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Time sampling loops, dense against compressed, in turns, and write nothing; or, with --table, each block.
@@ -77,6 +85,13 @@ def bench(
         if config or set_ or inputs or pipeline_inputs:
             raise UsageError("settings and inputs of a model belong to --table or --kit")
         _loops(Path(out), steps, repeats, threads, loops, as_json)
+        return
+    if dry_run:
+        files = [str(path) for path in (table, kit) if path is not None]
+        if as_json:
+            print_json({"would_write": files, "written": False})
+        else:
+            say(f"would measure the blocks of {out} and write {' and '.join(files)}")
         return
     options = MeasureOptions(backend, device, threads, stability, rounds)
     bench_table(out, table, kit, options, (config, set_, inputs, pipeline_inputs), as_json)

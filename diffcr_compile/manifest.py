@@ -295,6 +295,7 @@ def _is_profile_graph(row: Any, manifest: Manifest) -> bool:
         and isinstance(buckets, list)
         and all(type(bucket) is int for bucket in buckets)
         and isinstance(inputs, dict)
+        and isinstance(manifest.schedule, dict)  # whatever stands there in a damaged file
         and all(
             isinstance(block, str) and block in manifest.schedule for block in inputs.values()
         )

@@ -6,6 +6,7 @@ What the stand-ins demand is in tests/fakes. No GPU is needed, and nothing here 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from diffcr_compile.export.device.builder import Built, build_engines
 from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.layer_map import layer_rows
-from diffcr_compile.manifest import read_manifest
+from diffcr_compile.manifest import read_manifest, write_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
 from diffcr_compile.runtime.open_engines import open_device
@@ -518,3 +519,14 @@ def test_a_build_reads_no_graph_that_is_not_the_manifests(out: Path, device: Any
     shutil.copy(out / "onnx/bucket_01.onnx", out / "onnx/bucket_00.onnx")
     with pytest.raises(ArtifactError, match=r"bucket_00\.onnx"):
         build(out)
+
+
+@pytest.mark.parametrize("schedule", [None, True, -1, 0.5, [], ""])
+def test_a_manifest_whose_schedule_is_no_mapping_is_refused_in_words(
+    out: Path, schedule: Any
+) -> None:
+    damaged = dataclasses.replace(read_manifest(out), schedule=schedule)
+    write_manifest(out, damaged)
+    with pytest.raises(ArtifactError, match="profile_graphs") as caught:
+        load(out)
+    assert caught.value.code == "DCR-A002"

@@ -27,15 +27,16 @@ from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.half_run import HalfRun
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.precision import HALF_TOLERANCE, HalfGraphs, half_graphs
 from diffcr_compile.export.profiles_graph import tensorrt_topk, write_profiles_graphs
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
-from diffcr_compile.manifest import Manifest, atomic_write_bytes, write_json_atomic
+from diffcr_compile.manifest import atomic_write_bytes, write_json_atomic
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.reference import demo
 from diffcr_compile.reference.model import REFERENCE_CONFIG, new_reference_dit
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
-from diffcr_compile.stages import sampling_states
+from diffcr_compile.stages import half_settings, sampling_states
 from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parent / "results/engines.json"
@@ -69,13 +70,6 @@ def frozen_programs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Program
     return [graph.program for graph in dcr.freeze(routed, schedule=schedule)]
 
 
-def export_half(frozen: Sequence[Program], folder: Path) -> Manifest:
-    """The float16 artifact, checked along a whole sampling run."""
-    states = sampling_states(frozen, FlowEuler(STEPS).timesteps, FlowEuler(STEPS), 0)
-    modules = [program.module for program in frozen]
-    return dcr.export(modules, folder, precision="fp16", states=states).manifest
-
-
 class GraphsOnly(NamedTuple):
     """What of a manifest names the graphs."""
 
@@ -84,14 +78,21 @@ class GraphsOnly(NamedTuple):
     schedule: Mapping[str, Sequence[int]]
 
 
-def write_graphs(frozen: Sequence[Program], folder: Path) -> GraphsOnly:
-    """The float16 graphs of both modes over one weights file, without golden outputs and parity."""
+def half_along_a_run(frozen: Sequence[Program]) -> HalfGraphs:
+    """The float16 programs, checked on every state of a sampling run."""
+    sampler = FlowEuler(STEPS)
+    states = sampling_states(frozen, sampler.timesteps, sampler, 0)
+    settings = half_settings(frozen, HALF_TOLERANCE, states)
+    return half_graphs(frozen, settings, lambda bucket: frozen[bucket].example)
+
+
+def write_graphs(frozen: Sequence[Program], half: HalfGraphs, folder: Path) -> GraphsOnly:
+    """The float16 graphs of both modes over one weights file, without golden outputs and ONNX Runtime."""
     paths = [f"onnx/bucket_{bucket:02d}.onnx" for bucket in range(len(frozen))]
     with WeightsWriter(folder / "onnx" / WEIGHTS_FILE) as writer:
 
         def write(program: Program, path: str) -> None:
-            half = compute_in_half(exported_program(program), program)
-            model, _ = graph_from_exported(half, program)
+            model, _ = half.export(program)
             writer.externalize(model)
             atomic_write_bytes(folder / path, model.SerializeToString())
 
@@ -127,14 +128,14 @@ def build_all(folder: Path, manifest: Any, capability: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sampled_difference(frozen: Sequence[Program]) -> dict[str, float]:
+def sampled_difference(frozen: Sequence[Program], made: HalfGraphs) -> dict[str, Any]:
     """Two sampling runs from one noise, float32 and float16, each on its own: relative L2 of the samples."""
     first, sampler = frozen[0], FlowEuler(STEPS)
     schedule, sample, time_name = first.schedule, first.sample_input, first.timestep_input
     assert schedule is not None
     assert sample is not None
     assert time_name is not None
-    halves = [HalfRun(compute_in_half(exported_program(p), p)) for p in frozen]
+    halves = [HalfRun(made.made[bucket]) for bucket in range(len(frozen))]
     noise = torch.randn(
         first.example[sample].shape, generator=torch.Generator().manual_seed(0)
     )
@@ -186,7 +187,8 @@ def wide_engines(folder: Path, capability: str = "SM86") -> dict[str, Any]:
     heads = {"num_attention_heads": 6, "num_layers": len(KEPT)}
     model = DiTTransformer2DModel(**{**REFERENCE_CONFIG, **heads}).eval()
     parameters = sum(p.numel() for p in model.parameters())
-    manifest = write_graphs(frozen_programs(model, demo.example_inputs(2)), folder)
+    frozen = frozen_programs(model, demo.example_inputs(2))
+    manifest = write_graphs(frozen, half_along_a_run(frozen), folder)
     weights = (folder / "onnx" / WEIGHTS_FILE).stat().st_size
     return {
         "parameters": parameters,
@@ -197,36 +199,27 @@ def wide_engines(folder: Path, capability: str = "SM86") -> dict[str, Any]:
 
 def measure(folder: Path) -> dict[str, Any]:
     frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
-    manifest = export_half(frozen, folder / "reference")
-    rounding = [row for row in manifest.parity["precision"] if "rounded" in row["step"]]
+    half = half_along_a_run(frozen)
+    graphs = write_graphs(frozen, half, folder / "reference")
     return {
         "model": "reference DiT, 2.8 M parameters, 256 tokens, batch 2",
         "kept_tokens": [list(row) for row in KEPT],
-        "weights_bytes": manifest.files[manifest.weights]["bytes"],
+        "weights_bytes": (folder / "reference/onnx" / WEIGHTS_FILE).stat().st_size,
         "engines": {
-            name: build_all(folder / "reference", manifest, name) for name in CAPABILITIES
+            name: build_all(folder / "reference", graphs, name) for name in CAPABILITIES
         },
         "float16": {
-            "states": manifest.precision["states"],
+            "states": half.states,
             "steps": STEPS,
-            "worst_rel_l2_same_tokens": max(row["rel_l2"] for row in rounding),
-            "non_finite": sum(row["non_finite"] for row in rounding),
-            "swapped_tokens": manifest.precision["swapped_tokens"],
-            "float32_islands": manifest.precision["float32_islands"],
-            "samples": sampled_difference(frozen),
-            "dense_samples": sampled_difference(all_kept(frozen)),
+            "worst_rel_l2_same_tokens": max(row.rel_l2 for row in half.rows),
+            "non_finite": sum(row.non_finite for row in half.rows),
+            "swapped_tokens": half.swapped,
+            "float32_islands": list(half.islands),
+            "samples": sampled_difference(frozen, half),
         },
         "attention": attention_scratch(),
         "wide_model": wide_engines(folder / "wide"),
     }
-
-
-def all_kept(frozen: Sequence[Program]) -> list[Program]:
-    """The same model with every token in every block."""
-    routed = frozen[0].routed
-    assert routed is not None
-    graph = dcr.freeze(routed.module, keep_ratio=1.0)[0].program
-    return [graph]
 
 
 def main() -> None:

@@ -12,25 +12,52 @@ import diffcr_compile as dcr
 from benchmarks.engines import (
     CAPABILITIES,
     KEPT,
+    STEPS,
     GraphsOnly,
     build_all,
     frozen_programs,
+    half_along_a_run,
     write_graphs,
 )
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.precision import HalfGraphs
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE
+from diffcr_compile.program import Program
 from diffcr_compile.reference import demo
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphsOnly]:
-    """The graphs alone: their parity is the matter of other tests and of the benchmark."""
+def frozen() -> list[Program]:
+    return frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
+
+
+@pytest.fixture(scope="module")
+def half(frozen: list[Program]) -> HalfGraphs:
+    return half_along_a_run(frozen)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    frozen: list[Program], half: HalfGraphs, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, GraphsOnly]:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("engines")
-    frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
-    return folder, write_graphs(frozen, folder)
+    return folder, write_graphs(frozen, half, folder)
+
+
+def test_float16_is_near_float32_in_every_state_of_a_sampling_run(half: HalfGraphs) -> None:
+    """Of the reference model: relative L2 of at most 5e-3, nothing NaN or infinite, no island needed."""
+    assert half.states == STEPS + len(KEPT[0])  # the golden inputs too
+    assert [row.bucket for row in half.rows] == [0, 1, 2, 3]
+    for row in half.rows:
+        assert (row.non_finite, row.tolerance) == (0, 5e-3)
+        assert (
+            1e-5 < row.rel_l2 <= 5e-3
+        )  # the worst of its bucket; exactly 0 would be no float16
+    assert half.islands == ()
+    assert half.swapped < 0.02
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.quality.settings import OURS, Scale
 from benchmarks.reference import fashion_mnist
-from diffcr_compile.calibrate.trained import LARGEST_NORM, make_optimizers, rate_factor
+from diffcr_compile.calibrate.trained import TrainedParameters, make_optimizers
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.reference import demo
 
@@ -44,7 +44,7 @@ def build(seed: int, scale: Scale, data: Path) -> Any:
     return Built(plain(model), facts={"final_flow_loss": sum(tail) / len(tail)})
 
 
-class Trainer:
+class Trainer(TrainedParameters):
     """The calibration's way of training, for what is no routed program.
 
     Args:
@@ -61,31 +61,13 @@ class Trainer:
         scale: Scale,
         others: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self.parameters, self.steps = parameters, scale.calibration_steps
-        self.settings = CalibrationConfig(**OURS["calibration"])
-        self.optimizers = make_optimizers(parameters, self.settings, blocks)
+        settings = {**OURS["calibration"], "steps": scale.calibration_steps}
+        self.config = CalibrationConfig(**settings)
+        self.parameters = parameters
+        self.optimizers = make_optimizers(parameters, self.config, blocks)
         for group in others:
             self.optimizers[0].add_param_group(group)
-        self.averages = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """One optimizer step, and one of the moving averages."""
-        nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_NORM)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate_factor(step, self.steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(self.settings.ema, (step + 1) / (step + 10))
-        for name, parameter in self.parameters.items():
-            self.averages[name].lerp_(parameter, 1 - decay)
-
-    @torch.no_grad()
-    def take_averages(self) -> None:
-        """Put the moving averages in place of the parameters."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.averages[name])
+        self.forget_averages()
 
 
 def autocast() -> torch.autocast:

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.samplers import FlowEuler
 from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
+from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.half_run import HalfRun
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
 from diffcr_compile.export.precision import HALF_TOLERANCE, HalfGraphs, half_graphs
-from diffcr_compile.export.profiles_graph import tensorrt_topk, write_profiles_graphs
+from diffcr_compile.export.profiles_graph import tensorrt_topk
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
-from diffcr_compile.manifest import atomic_write_bytes, write_json_atomic
+from diffcr_compile.manifest import write_json_atomic
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.reference import demo
 from diffcr_compile.reference.model import REFERENCE_CONFIG, new_reference_dit
@@ -88,20 +89,14 @@ def half_along_a_run(frozen: Sequence[Program]) -> HalfGraphs:
 
 def write_graphs(frozen: Sequence[Program], half: HalfGraphs, folder: Path) -> GraphsOnly:
     """The float16 graphs of both modes over one weights file, without golden outputs and ONNX Runtime."""
-    paths = [f"onnx/bucket_{bucket:02d}.onnx" for bucket in range(len(frozen))]
     with WeightsWriter(folder / "onnx" / WEIGHTS_FILE) as writer:
-
-        def write(program: Program, path: str) -> None:
-            model, _ = half.export(program)
-            writer.externalize(model)
-            atomic_write_bytes(folder / path, model.SerializeToString())
-
-        for program, path in zip(frozen, paths, strict=True):
-            write(program, path)
-        rows = write_profiles_graphs(frozen, paths, tensorrt_topk(()), write)
+        graphs = BucketGraphs(
+            frozen, folder, writer, half.export, True, False, tensorrt_topk(())
+        )
+        graphs.write(lambda _: None)
     assert frozen[0].schedule is not None
-    buckets = [{"index": bucket, "onnx": path} for bucket, path in enumerate(paths)]
-    return GraphsOnly(buckets, rows, frozen[0].schedule.kept_tokens)
+    buckets = [{"index": b, "onnx": graphs.paths[b]} for b in range(len(frozen))]
+    return GraphsOnly(buckets, graphs.rows, frozen[0].schedule.kept_tokens)
 
 
 def build_all(folder: Path, manifest: Any, capability: str) -> dict[str, Any]:

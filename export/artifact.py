@@ -20,6 +20,7 @@ from diffcr_compile.errors import (
 )
 from diffcr_compile.export.activation_memory import write_activations
 from diffcr_compile.export.bisect import write_block_values
+from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.checks import Checks, check_valid
 from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.golden import golden_path, write_golden
@@ -39,10 +40,7 @@ from diffcr_compile.export.onnx_model import (
     onnx_from_program,
 )
 from diffcr_compile.export.precision import HalfSettings, half_graphs
-from diffcr_compile.export.profiles_graph import (
-    tensorrt_topk,
-    write_profiles_graphs,
-)
+from diffcr_compile.export.profiles_graph import tensorrt_topk
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_shared_weights
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
@@ -211,35 +209,32 @@ def _write_graphs(
     progress: Progress | None,
     profiles: bool,
     max_topk: int | None,
-    export: Export | None,
+    half_export: Export | None,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Write graphs, weights, golden files and maps; each bucket's path, and the graphs of several."""
-    paths: list[str] = []
-    written: dict[tuple[int, ...], str] = {}  # buckets with equal columns share one graph
-    nodes: dict[str, dict[str, str]] = {}
+    finished = 0
+
+    def done(bucket: int) -> None:
+        nonlocal finished
+        finished += 1
+        _write_golden(frozen[bucket], staging, bucket, inputs_for(bucket))
+        if progress is not None:
+            progress(finished, len(frozen))
+
     with WeightsWriter(staging / "onnx" / WEIGHTS_FILE) as writer:
-
-        def write(program: Program, path: str) -> None:
-            model, nodes[path] = (export or export_graph)(program)
-            writer.externalize(model)
-            atomic_write_bytes(staging / path, model.SerializeToString(deterministic=True))
-
-        for bucket, program in enumerate(frozen):
-            column = tuple(
-                schedule_of(program)["kept_tokens"][b.name][bucket] for b in program.blocks
-            )
-            if column not in written:
-                path = f"onnx/bucket_{bucket:02d}.onnx"
-                write(program, path)
-                written[column] = path
-            paths.append(written[column])
-            _write_golden(program, staging, bucket, inputs_for(bucket))
-            if progress is not None:
-                progress(bucket + 1, len(frozen))
-        shared = write_profiles_graphs(frozen, paths, max_topk, write) if profiles else []
+        graphs = BucketGraphs(
+            frozen,
+            staging,
+            writer,
+            half_export or (lambda program: export_graph(program, writer)),
+            profiles,
+            half_export is None,
+            max_topk,
+        )
+        graphs.write(done)
+    write_json_atomic(staging / "model/node_map.json", graphs.nodes)
     write_json_atomic(staging / "model/schedule.json", schedule_of(frozen[0]))
-    write_json_atomic(staging / "model/node_map.json", nodes)
-    return paths, shared
+    return [graphs.paths[bucket] for bucket in range(len(frozen))], graphs.rows
 
 
 def _write_golden(

@@ -28,7 +28,9 @@ from diffcr_compile.export.block_values import (
     to_json,
 )
 from diffcr_compile.export.golden import read_golden
+from diffcr_compile.export.in_pieces import has_many_weights, run_in_pieces
 from diffcr_compile.manifest import PARTIAL_SUFFIX, Manifest, write_json_atomic
+from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]
 Run = Any  # (model, names of outputs, inputs) -> arrays
@@ -189,6 +191,9 @@ def run_with_outputs(
     """
     if not names:
         return []
+    if has_many_weights(model):
+        given = {name: as_graph_input(array) for name, array in inputs.items()}
+        return run_in_pieces(path, model, names, given)
     from diffcr_compile.export.parity import run_onnx
 
     part = with_outputs(model, names)

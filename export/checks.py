@@ -11,7 +11,8 @@ import onnx
 
 from diffcr_compile.errors import AccuracyError, UnsupportedModelError, one_line
 from diffcr_compile.export.golden import golden_path, read_golden
-from diffcr_compile.export.parity import Parity, compare, compare_open_graph, run_onnx
+from diffcr_compile.export.in_pieces import piecewise, run_checked
+from diffcr_compile.export.parity import Parity, compare, compare_open_graph
 from diffcr_compile.export.precision import HalfGraphs, HalfSettings
 from diffcr_compile.export.widened import write_widened
 from diffcr_compile.program import Program
@@ -50,13 +51,15 @@ class Checks:
         path = self.folder / graph
         check_valid(path)
         inputs, golden = read_golden(self.folder / golden_path(bucket))
-        found = run_onnx(path, inputs)
+        found = run_checked(path, inputs)
         if self.half is None or self.settings is None:
             row = compare(STEP, found, golden, self.tolerance, bucket)
             return _passed(row, graph)
         wide = self._wide(graph)
         expected = self.half.wide_outputs(bucket, inputs)
-        strict = compare(WIDE_STEP, run_onnx(wide, inputs), expected, self.tolerance, bucket)
+        strict = compare(
+            WIDE_STEP, run_checked(wide, inputs), expected, self.tolerance, bucket
+        )
         self.widened.append(_passed(strict, graph))
         row = compare(STEP, found, golden, self.settings.tolerance, bucket, "rel_l2")
         allowed = max(self.settings.tolerance, _AGAIN * row.rel_l2)
@@ -76,13 +79,15 @@ class Checks:
         graph = str(row["onnx"])
         path, half = self.folder / graph, self.half
         check_valid(path)
+        file = path if half is None else self._wide(graph)
         rows = compare_open_graph(
             self.folder,
             row,
             program.schedule.kept_tokens,
             f"{STEP if half is None else WIDE_STEP}, {graph}",
             (self.tolerance, "max_abs"),
-            path=path if half is None else self._wide(graph),
+            path=file,
+            run=piecewise(file),
             expected=None if half is None else half.wide_outputs,
         )
         return [_passed(found, graph) for found in rows]

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
+from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.program import Program, run_flat
 
 # One file then serves TensorRT 10.3 (JetPack 6) to 11.
@@ -58,9 +59,11 @@ def onnx_from_program(program: Program) -> ModelProto:
     return export_graph(program)[0]
 
 
-def export_graph(program: Program) -> tuple[ModelProto, dict[str, str]]:
-    """The ONNX graph and its :func:`node_map`."""
-    return graph_from_exported(exported_program(program), program)
+def export_graph(
+    program: Program, store: WeightsWriter | None = None
+) -> tuple[ModelProto, dict[str, str]]:
+    """The ONNX graph and its :func:`node_map`; with a `store`, its weights go straight there."""
+    return graph_from_exported(exported_program(program), program, store)
 
 
 def exported_program(program: Program) -> ExportedProgram:
@@ -83,7 +86,7 @@ def exported_program(program: Program) -> ExportedProgram:
 
 
 def graph_from_exported(
-    exported: ExportedProgram, program: Program
+    exported: ExportedProgram, program: Program, store: WeightsWriter | None = None
 ) -> tuple[ModelProto, dict[str, str]]:
     """The ONNX graph and its node map of what :func:`exported_program` made of `program`."""
     with _quiet(), _named_failures(program):
@@ -91,11 +94,13 @@ def graph_from_exported(
             exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=True
         )
     assert made is not None
+    if store is not None:
+        store.take(made.model)
     model: ModelProto = made.model_proto
     check_standard(model)
     say_where_in_logic(model)
-    _merge_equal_constants(model)
-    _shorten_names(model, list(program.signature.inputs))
+    merge_equal_constants(model)
+    shorten_names(model, list(program.signature.inputs))
     nodes = node_map(model)
     _strip(model)
     return model, nodes
@@ -221,14 +226,13 @@ def _quiet() -> Iterator[None]:
         inner.setLevel(levels[1])
 
 
-def _merge_equal_constants(model: ModelProto) -> None:
+def merge_equal_constants(model: ModelProto) -> None:
     """One initializer per content: the exporter repeats tensors that several nodes use."""
     first: dict[bytes, str] = {}
     renamed: dict[str, str] = {}
     kept = []
     for tensor in model.graph.initializer:
-        header = f"{tensor.data_type}{list(tensor.dims)}".encode()
-        key = hashlib.sha256(header + onnx.numpy_helper.to_array(tensor).tobytes()).digest()
+        key = _content(tensor)
         if key in first:
             renamed[tensor.name] = first[key]
         else:
@@ -242,7 +246,15 @@ def _merge_equal_constants(model: ModelProto) -> None:
     _rename_values(model, renamed)
 
 
-def _shorten_names(model: ModelProto, inputs: list[str]) -> None:
+def _content(tensor: TensorProto) -> bytes:
+    """Equal for tensors of one type, shape and content; what lies in a file is known by its place."""
+    header = f"{tensor.data_type}{list(tensor.dims)}".encode()
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return header + repr(place_of(tensor)).encode()
+    return hashlib.sha256(header + onnx.numpy_helper.to_array(tensor).tobytes()).digest()
+
+
+def shorten_names(model: ModelProto, inputs: list[str]) -> None:
     """Names of values are half of a small graph's bytes."""
     graph = model.graph
     names = dict(zip((value.name for value in graph.input), inputs, strict=True))

@@ -7,10 +7,9 @@ buckets' own graphs stay as they are; both lie over the same weights file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.errors import UsageError
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.open_kept_tokens import OpenKeptTokens
@@ -19,7 +18,6 @@ from diffcr_compile.planning.targets import Target, all_targets, largest_topk
 from diffcr_compile.program import Program
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 
-Write = Callable[[Program, str], None]
 _SHOWN = 3
 
 
@@ -115,50 +113,3 @@ def open_program(frozen: Program, group: BucketGroup, max_topk: int | None) -> P
             OpenKeptTokens({block: max(kept) for block, kept in group.kept.items()}),
         ],
     )
-
-
-def write_profiles_graphs(
-    frozen: Sequence[Program], graphs: Sequence[str], max_topk: int | None, write: Write
-) -> list[dict[str, Any]]:
-    """Write a graph per group of buckets; the rows of the manifest's ``profile_graphs``.
-
-    A group that needs no open K uses the graph of its bucket. Where the exporter cannot leave a K open
-    in this model, every bucket does, and the remark says why.
-
-    Args:
-        frozen: one program per bucket.
-        graphs: the ONNX path of each bucket.
-        max_topk: largest K of one TopK.
-        write: writes a program under a path relative to the artifact.
-    """
-    assert frozen[0].schedule is not None
-    rows: list[dict[str, Any]] = []
-    written = 0
-    for group in group_buckets(frozen[0].schedule, max_topk):
-        if not group.kept:
-            rows.append(_row(graphs[group.buckets[0]], group.buckets, {}, group.remark))
-            continue
-        program = open_program(frozen[0], group, max_topk)
-        path = f"onnx/profiles{f'_{written}' if written else ''}.onnx"
-        try:
-            write(program, path)
-        except UnsupportedModelError as error:
-            remark = f"K cannot be left open in this model: {error.message}"
-            for graph in dict.fromkeys(graphs[b] for b in group.buckets):
-                served = tuple(b for b in group.buckets if graphs[b] == graph)
-                rows.append(_row(graph, served, {}, remark))
-            continue
-        rows.append(_row(path, group.buckets, dict(program.kept_inputs), group.remark))
-        written += 1
-    return rows
-
-
-def _row(
-    onnx: str, buckets: Sequence[int], kept_inputs: dict[str, str], remark: str
-) -> dict[str, Any]:
-    return {
-        "onnx": onnx,
-        "buckets": list(buckets),
-        "kept_inputs": kept_inputs,
-        "remark": remark,
-    }

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO
 
 import onnx
+import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
 from diffcr_compile.errors import ArtifactError
@@ -60,10 +61,36 @@ class WeightsWriter:
             with contextlib.suppress(OSError):
                 self._partial.unlink()
 
+    def take(self, model: ir.Model) -> None:
+        """Write the weights of a graph that is no protobuf yet, one after the other, and let go of each.
+
+        What is left in the graph is references, so it never holds a second copy of the weights. Integers
+        stay: they are sizes and positions, which rewrites of the graph read.
+        """
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point():
+                continue
+            if tensor.nbytes < INLINE_BYTES:
+                continue
+            offset, length = self._place(tensor.tobytes())
+            value.const_value = ir.ExternalTensor(
+                self.path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+            )
+
     def externalize(self, model: ModelProto) -> None:
         """Replace the large initializers of `model` by references into the file, in place."""
+        mine = set(self._places.values())
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
+                location, *place = place_of(tensor)
+                if location == self.path.name and tuple(place) in mine:
+                    continue
                 raise ArtifactError(
                     f"initializer {tensor.name} already lies in another file; load it first"
                 )
@@ -100,6 +127,12 @@ def write_shared_weights(
             writer.externalize(model)
     for name, model in models.items():
         atomic_write_bytes(folder / name, model.SerializeToString(deterministic=True))
+
+
+def place_of(tensor: TensorProto) -> tuple[str, int, int]:
+    """File, offset and length of a tensor that lies in a file."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0))
 
 
 def _raw_bytes(tensor: TensorProto) -> bytes:

@@ -587,7 +587,9 @@ def artifact(
 def fast_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that were exported before are not exported again, where a test is about the rest."""
 
-    def copied(program: Program) -> tuple[onnx.ModelProto, dict[str, str]]:
+    def copied(
+        program: Program, store: object = None
+    ) -> tuple[onnx.ModelProto, dict[str, str]]:
         if id(program) not in _graphs:
             _graphs[id(program)] = (program, *export_graph(program))
         made = _graphs[id(program)]

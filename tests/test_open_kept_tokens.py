@@ -210,7 +210,9 @@ def graphs_made_once() -> Iterator[None]:
     """torch.onnx.export takes seconds and is not what is tested: equal columns, one export."""
     made: dict[str, tuple[onnx.ModelProto, dict[str, str]]] = {}
 
-    def cached(program: Program) -> tuple[onnx.ModelProto, dict[str, str]]:
+    def cached(
+        program: Program, store: object = None
+    ) -> tuple[onnx.ModelProto, dict[str, str]]:
         key = str(program.graph) + str(program.kept_inputs)
         if key not in made:
             made[key] = export_graph(program)
@@ -322,7 +324,7 @@ def test_a_model_whose_k_cannot_be_open_says_so_and_goes_on(
 ) -> None:
     made = artifact_module.export_graph
 
-    def fails(program: Program) -> object:
+    def fails(program: Program, store: object = None) -> object:
         if program.kept_inputs:
             raise UnsupportedModelError("torch.onnx.export failed: K must be 9")
         return made(program)

@@ -1,0 +1,147 @@
+"""Run an ONNX graph in ONNX Runtime a few nodes at a time, with no more weights in memory than those need.
+
+A session copies the weights of a graph into the layout that its kernels like. Beside the model in torch that would be
+a second copy, so graphs with many weights are checked in pieces: the same nodes in the same order, each piece a
+session that ends before the next one starts.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
+
+from diffcr_compile.export.parity import run_onnx
+from diffcr_compile.manifest import PARTIAL_SUFFIX
+from diffcr_compile.runtime.backend import make_session
+from diffcr_compile.runtime.complex_inputs import as_graph_input
+
+Array = npt.NDArray[Any]
+# Weights of one piece; graphs with fewer run as a whole, as the runtime runs them.
+PIECE_BYTES = 1 << 28
+
+
+def has_many_weights(model: ModelProto) -> bool:
+    """Whether a graph is to be run in pieces; one with graphs inside of it is not."""
+    inner = any(a.type == AttributeProto.GRAPH for n in model.graph.node for a in n.attribute)
+    return not inner and sum(map(_bytes, model.graph.initializer)) > PIECE_BYTES
+
+
+def run_checked(path: Path, inputs: Mapping[str, Array]) -> list[Array]:
+    """Outputs of an ONNX file on the CPU, in pieces if it has many weights."""
+    model = onnx.load(str(path), load_external_data=False)
+    if not has_many_weights(model):
+        return run_onnx(path, inputs)
+    given = {name: as_graph_input(array) for name, array in inputs.items()}
+    return run_in_pieces(path, model, [value.name for value in model.graph.output], given)
+
+
+def piecewise(path: Path) -> Callable[[Mapping[str, Array]], list[Array]] | None:
+    """Runs a file in pieces; None if it has few weights, and one session is better."""
+    model = onnx.load(str(path), load_external_data=False)
+    return (lambda given: run_checked(path, given)) if has_many_weights(model) else None
+
+
+def run_in_pieces(
+    path: Path,
+    model: ModelProto,
+    names: Sequence[str],
+    inputs: Mapping[str, Array],
+    piece_bytes: int = PIECE_BYTES,
+) -> list[Array]:
+    """Values of a graph, computed on the CPU.
+
+    Args:
+        path: of the graph, beside which its weights lie.
+        model: the graph.
+        names: of the values.
+        inputs: of the graph.
+        piece_bytes: weights of a piece, one node at least.
+    """
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    last = {name: number for number, node in enumerate(graph.node) for name in node.input}
+    last |= dict.fromkeys(names, len(graph.node))
+    types = _types(model)
+    living: dict[str, Array] = dict(inputs)
+    for start, nodes in _pieces(graph.node, weights, piece_bytes):
+        end = start + len(nodes)
+        made = {name for node in nodes for name in node.output if name}
+        wanted = [name for name in made if last.get(name, -1) >= end]
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        given = {n: living[n] for n in read if n not in made and n not in weights}
+        piece = _piece(model, nodes, given, [types[n] for n in wanted])
+        piece.graph.initializer.extend(weights[n] for n in read if n in weights)
+        living |= dict(zip(wanted, _run(path, piece, wanted, given), strict=True))
+        living = {n: array for n, array in living.items() if last.get(n, -1) >= end}
+    return [living[name] for name in names]
+
+
+def _pieces(
+    nodes: Sequence[NodeProto], weights: Mapping[str, TensorProto], most: int
+) -> Iterator[tuple[int, list[NodeProto]]]:
+    """Consecutive nodes, and the number of the first of them."""
+    start, piece, size = 0, list[NodeProto](), 0
+    for number, node in enumerate(nodes):
+        mine = sum(_bytes(weights[name]) for name in node.input if name in weights)
+        if piece and size + mine > most:
+            yield start, piece
+            start, piece, size = number, [], 0
+        piece.append(node)
+        size += mine
+    if piece:
+        yield start, piece
+
+
+def _piece(
+    model: ModelProto,
+    nodes: Sequence[NodeProto],
+    given: Mapping[str, Array],
+    outputs: Sequence[onnx.ValueInfoProto],
+) -> ModelProto:
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+        )
+        for name, array in given.items()
+    ]
+    graph = onnx.helper.make_graph(nodes, "piece", inputs, outputs)
+    return onnx.helper.make_model(
+        graph, opset_imports=list(model.opset_import), ir_version=model.ir_version
+    )
+
+
+def _run(
+    path: Path, piece: ModelProto, wanted: Sequence[str], given: Mapping[str, Array]
+) -> list[Array]:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f"{path.stem}.", suffix=PARTIAL_SUFFIX
+    ) as file:  # beside the weights, where ONNX Runtime looks for them
+        file.write(piece.SerializeToString())
+        file.flush()
+        arrays: list[Array] = make_session(Path(file.name)).run(list(wanted), dict(given))
+    return arrays
+
+
+def _types(model: ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """Type of every value, without its shape: an open axis has another name in every piece."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        value.name: onnx.helper.make_tensor_value_info(
+            value.name, value.type.tensor_type.elem_type, None
+        )
+        for value in (*inferred.value_info, *inferred.output)
+    }
+
+
+def _bytes(tensor: TensorProto) -> int:
+    return int(
+        onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        * math.prod(tensor.dims)
+    )

@@ -74,7 +74,7 @@ def exported_program(program: Program) -> ExportedProgram:
     """
     refuse_bfloat16(program)
     flat = FlatCall(program)
-    with evaluating(flat), _quiet(), _named_failures(program):
+    with evaluating(flat), quiet(), _named_failures(program):
         return lower_for_onnx(
             torch.export.export(
                 flat,
@@ -89,7 +89,7 @@ def graph_from_exported(
     exported: ExportedProgram, program: Program, store: WeightsWriter | None = None
 ) -> tuple[ModelProto, dict[str, str]]:
     """The ONNX graph and its node map of what :func:`exported_program` made of `program`."""
-    with _quiet(), _named_failures(program):
+    with quiet(), _named_failures(program):
         made = torch.onnx.export(
             exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=True
         )
@@ -210,7 +210,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporter's remarks about itself from the user."""
     logger = logging.getLogger("torch.onnx")
     inner = logging.getLogger("torch.onnx._internal.exporter._registration")

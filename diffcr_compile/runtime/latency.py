@@ -88,7 +88,7 @@ def measure(
     table = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": _versions(),
         "backend": dict(backend),
         "model": dict(subject.model),
@@ -142,7 +142,8 @@ def _check(
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """System, processor and cores."""
     return {
         "system": platform.system(),
         "machine": platform.machine(),

@@ -1,0 +1,1 @@
+"""What the benchmarks of speed and size share: models, timing, memory, records."""

@@ -1,0 +1,43 @@
+"""Peak and present memory of this process, in bytes, as Linux counts it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SMAPS = Path("/proc/self/smaps_rollup")
+
+
+def read(key: str, path: Path = STATUS) -> int:
+    """A line of the kernel's account: ``VmRSS``, ``VmHWM`` (peak), ``RssAnon`` (not backed by a file)."""
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def private() -> int:
+    """Pages that this process alone has, and its share of the others: each page counts once."""
+    return read("Pss", SMAPS)
+
+
+class Stage:
+    """Seconds and peak memory of a stage, filled when it ends."""
+
+    seconds = 0.0
+    peak = 0
+    after = 0
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[Stage]:
+    """Measure what runs in the context; the peak counts from its start."""
+    found = Stage()
+    RESET.write_text("5")
+    started = time.perf_counter()
+    yield found
+    found.seconds = time.perf_counter() - started
+    found.peak, found.after = read("VmHWM"), read("VmRSS")

@@ -38,7 +38,7 @@ Run = Callable[[], object]
 
 
 def blocks_of(tokens: int) -> int:
-    return 4 if tokens < 1024 else 2
+    return 6 if tokens < 4096 else 2
 
 
 def measure_size(size: Size, rounds: int, stability: float) -> list[dict[str, Any]]:

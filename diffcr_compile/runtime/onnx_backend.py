@@ -1,18 +1,60 @@
-"""ONNX Runtime as a backend: a session per graph, made at its first use."""
+"""ONNX Runtime as a backend: sessions over the graphs of an artifact, made at their first use."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.backend import Provider, check_provider, make_session
 
 Array = npt.NDArray[Any]
+# Weights of which one copy for each graph is too many. A session copies its weights into the layout that its
+# kernels like, and sessions do not share such copies; one session with K open costs 1 to 3 % of speed.
+MANY_BYTES = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketGraph:
+    """What a timestep bucket runs.
+
+    Attributes:
+        onnx: path relative to the artifact.
+        lengths: inputs whose length says how many tokens a block keeps, with that length.
+    """
+
+    onnx: str
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def bucket_graphs(manifest: Manifest, share_weights: bool | None) -> tuple[BucketGraph, ...]:
+    """The graph of each bucket: its static one, or one with K open that serves several buckets.
+
+    Args:
+        manifest: of the artifact. Where no graph of it has K open, the static ones are taken.
+        share_weights: whether buckets share a session; None shares where copies of the weights would
+            be large.
+    """
+    static = [BucketGraph(row["onnx"]) for row in manifest.buckets]
+    if share_weights is None:
+        weights = int(manifest.files[manifest.weights]["bytes"])
+        share_weights = weights >= MANY_BYTES and len({graph.onnx for graph in static}) > 1
+    if not share_weights:
+        return tuple(static)
+    for row in manifest.profile_graphs:
+        for bucket in row["buckets"]:
+            lengths = {
+                name: int(manifest.schedule[block][bucket])
+                for name, block in row["kept_inputs"].items()
+            }
+            static[bucket] = BucketGraph(row["onnx"], lengths)
+    return tuple(static)
 
 
 class OnnxBackend:
@@ -20,7 +62,7 @@ class OnnxBackend:
 
     Args:
         artifact: the artifact's folder.
-        manifest: of it.
+        graphs: of each bucket, see :func:`bucket_graphs`.
         provider: ``cpu`` or ``cuda``.
         threads: threads inside an operator; None for ONNX Runtime's default.
 
@@ -30,17 +72,27 @@ class OnnxBackend:
     """
 
     def __init__(
-        self, artifact: Path, manifest: Manifest, provider: Provider, threads: int | None
+        self,
+        artifact: Path,
+        graphs: tuple[BucketGraph, ...],
+        provider: Provider,
+        threads: int | None,
     ) -> None:
         check_provider(provider)
-        self._artifact, self._manifest = artifact, manifest
+        self._artifact, self.graphs = artifact, graphs
         self._provider, self._threads = provider, threads
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
+        # Only their lengths are read.
+        self._lengths = [
+            {name: np.zeros(kept, np.float32) for name, kept in graph.lengths.items()}
+            for graph in graphs
+        ]
 
     def run(self, bucket: int, arrays: Mapping[str, Array]) -> list[Array]:
         """Outputs of a timestep bucket, in graph order."""
-        outputs: list[Array] = self._session(bucket).run(None, arrays)
+        given = {**arrays, **self._lengths[bucket]}
+        outputs: list[Array] = self._session(bucket).run(None, given)
         return outputs
 
     def close(self) -> None:
@@ -50,7 +102,7 @@ class OnnxBackend:
 
     def _session(self, bucket: int) -> Any:
         """The session of a bucket; buckets with one graph share one."""
-        name = self._manifest.buckets[bucket]["onnx"]
+        name = self.graphs[bucket].onnx
         with self._lock:
             if name not in self._sessions:
                 self._sessions[name] = make_session(

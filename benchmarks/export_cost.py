@@ -1,0 +1,258 @@
+"""Time and peak memory of capture, route, freeze and export, by timestep buckets and by blocks.
+
+    python -m benchmarks.export_cost            # an hour on one CPU core, 6 GB of memory
+    python -m benchmarks.export_cost --smoke --out x.json
+
+Each case is a process of its own; its plain dense ``torch.onnx.export`` runs in the same process, before or after in
+turns. The large model has 28 blocks of width 1,152 (611 M parameters, random). ``mapped`` cases have weights that are
+mapped from a safetensors file into a model that was made on the meta device: memory that counts is then what is not
+backed by a file. Writes ``benchmarks/results/export_cost.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import diffcr_compile as dcr
+from benchmarks.speed import memory
+from benchmarks.speed.models import (
+    mixed_columns,
+    new_pixart,
+    pixart_inputs,
+    schedule_of,
+)
+from benchmarks.speed.plain import plain_onnx
+from benchmarks.speed.record import RESULTS, read_record, write_record
+from diffcr_compile.export import artifact, bucket_graphs
+
+TOKENS, TEXT_WIDTH_LARGE = 256, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and how it is exported.
+
+    Attributes:
+        width: of the stream.
+        blocks: of the model.
+        buckets: timestep buckets, no two alike.
+        mapped: weights are mapped from a file.
+        plain: also export the dense model with plain torch, in turns.
+    """
+
+    width: int
+    blocks: int
+    buckets: int
+    mapped: bool = False
+    plain: bool = False
+
+    @property
+    def text_width(self) -> int:
+        return TEXT_WIDTH_LARGE if self.width > 1000 else 256
+
+
+BY_BUCKETS = [Case(384, 6, buckets, plain=True) for buckets in (1, 2, 4, 8)]
+BY_BLOCKS = [Case(192, blocks, 2) for blocks in (6, 16, 28, 42, 56)]
+LARGE = [Case(1152, 28, 4, plain=True)]
+MAPPED = [Case(1152, blocks, 2, mapped=True) for blocks in (4, 12, 28)]
+EVERY = {"buckets": BY_BUCKETS, "blocks": BY_BLOCKS, "large": LARGE, "mapped": MAPPED}
+SMOKE = {"buckets": [Case(64, 2, 2, plain=True)], "mapped": [Case(64, 2, 2, mapped=True)]}
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """All stages of a case in this process."""
+    inputs = pixart_inputs(TOKENS, 1, case.text_width)
+    found: dict[str, Any] = {**dataclasses.asdict(case), "imports_peak": memory.read("VmHWM")}
+    if case.mapped:
+        write_weights(case, folder / "model.safetensors")
+    with memory.stage() as built:
+        model = mapped_model(case, folder) if case.mapped else new_model(case)
+    found["weights"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    found["model"] = row(built)
+    if case.plain:
+        with memory.stage() as plain:
+            plain_onnx(model, inputs, folder / "plain.onnx")
+        found["plain"] = row(plain)
+    with memory.stage() as routed_stage:
+        routed = dcr.route(model, inputs)
+    schedule = schedule_of(routed.program, mixed_columns(case.blocks, case.buckets))
+    with memory.stage() as freeze_stage:
+        frozen = dcr.freeze(routed, schedule=schedule)
+    seconds = watch_graphs()
+    with memory.stage() as export_stage:
+        made = dcr.export(frozen, folder / "out")
+    found |= {"capture_and_route": row(routed_stage), "freeze": row(freeze_stage)}
+    found["export"] = {
+        **row(export_stage),
+        "graphs": seconds,
+        "anonymous": memory.read("RssAnon"),
+    }
+    found["graphs"] = len(schedule.buckets)
+    found["derived"] = len(seconds["derived"])
+    found["worst_difference"] = max(r["max_abs"] for r in made.manifest.parity["buckets"])
+    if case.plain:
+        with memory.stage() as plain:
+            plain_onnx(model, inputs, folder / "again.onnx")
+        found["plain_again"] = row(plain)
+    return found
+
+
+def row(stage: memory.Stage) -> dict[str, Any]:
+    return {"seconds": stage.seconds, "peak": stage.peak, "after": stage.after}
+
+
+def new_model(case: Case) -> nn.Module:
+    return new_pixart(case.width, case.blocks, TOKENS, case.text_width)
+
+
+def write_weights(case: Case, path: Path) -> None:
+    """A safetensors file of random weights, one tensor in memory at a time."""
+    with torch.device("meta"):
+        model = new_model(case)
+    tensors = dict(model.state_dict())
+    header, end = {}, 0
+    for name, value in tensors.items():
+        size = value.numel() * 4
+        header[name] = {
+            "dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + size],
+        }  # fmt: skip
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = np.random.default_rng(0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in tensors.values():
+            part = generator.standard_normal(value.numel(), np.float32) * np.float32(0.02)
+            file.write(part.tobytes())
+
+
+def mapped_model(case: Case, folder: Path) -> nn.Module:
+    """The model on the meta device, its weights mapped into it: nothing is read before it is used."""
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = new_model(case)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model.load_state_dict(weights, assign=True)
+    positions = new_pixart(case.width, 1, TOKENS, case.text_width).pos_embed.pos_embed
+    model.pos_embed.pos_embed = positions  # a buffer that is computed, not stored
+    return model.eval()
+
+
+def watch_graphs() -> dict[str, list[float]]:
+    """Seconds of every ONNX graph from now on: those that are exported, and those that are derived."""
+    found: dict[str, list[float]] = {"exported": [], "derived": []}
+
+    def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                found[kind].append(time.perf_counter() - started)
+
+        return call
+
+    artifact.export_graph = timed("exported", artifact.export_graph)
+    bucket_graphs.at_kept_tokens = timed("derived", bucket_graphs.at_kept_tokens)
+    return found
+
+
+def in_a_process(case: Case) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.export_cost", "--case", json.dumps(dataclasses.asdict(case)), "--folder", folder]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summary(cases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures that the targets are about."""
+    found: dict[str, Any] = {}
+    for case in cases.get("buckets", []):
+        graphs = case["export"]["graphs"]
+        if graphs["derived"]:
+            first = sum(graphs["exported"])
+            found[f"further_bucket_of_{case['buckets']}"] = max(graphs["derived"]) / first
+    by_buckets = {
+        case["buckets"]: case["export"]["seconds"] for case in cases.get("buckets", [])
+    }
+    if len(by_buckets) > 2:
+        most, two = max(by_buckets), 2
+        # golden outputs and three checks included: they run the model, whatever made its graph
+        found["further_bucket_with_checks"] = (
+            (by_buckets[most] - by_buckets[two]) / (most - two) / by_buckets[1]
+        )
+    for case in cases.get("large", []):
+        plain = (case["plain"]["seconds"] + case["plain_again"]["seconds"]) / 2
+        stages = ("capture_and_route", "freeze", "export")
+        found["large"] = {
+            "peak_over_weights": {s: case[s]["peak"] / case["weights"] for s in stages},
+            "plain_peak_over_weights": case["plain"]["peak"] / case["weights"],
+            "export_over_plain": case["export"]["seconds"] / plain,
+            "graphs_over_plain": sum(map(sum, case["export"]["graphs"].values())) / plain,
+            "further_bucket": max(case["export"]["graphs"]["derived"])
+            / sum(case["export"]["graphs"]["exported"]),
+        }
+    if len(cases.get("blocks", [])) > 2:
+        blocks = np.array([case["blocks"] for case in cases["blocks"]], float)
+        found["by_blocks"] = {
+            stage: fit(blocks, np.array([case[stage]["seconds"] for case in cases["blocks"]]))
+            for stage in ("capture_and_route", "freeze", "export")
+        }
+    return found
+
+
+def fit(x: Any, y: Any) -> dict[str, float]:
+    """A straight line and how much of the variance it explains."""
+    slope, start = np.polyfit(x, y, 1)
+    rest = ((y - slope * x - start) ** 2).sum()
+    return {
+        "seconds_per_block": float(slope),
+        "start": float(start),
+        "r2": float(1 - rest / ((y - y.mean()) ** 2).sum()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(EVERY), help="one group of cases, again")
+    parser.add_argument("--out", type=Path, default=RESULTS / "export_cost.json")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        torch.set_num_threads(1)
+        print(json.dumps(measure(Case(**json.loads(args.case)), args.folder)))
+        shutil.rmtree(args.folder / "out")
+        return
+    cases = read_record(args.out)["cases"] if args.out.exists() and not args.smoke else {}
+    for group, wanted in (SMOKE if args.smoke else EVERY).items():
+        if args.only in (None, group):
+            cases[group] = []
+            for case in wanted:
+                cases[group].append(in_a_process(case))
+                write_record(args.out, {"cases": cases, "summary": summary(cases)})
+                print(group, case, cases[group][-1]["export"]["seconds"], flush=True)
+    print(json.dumps(summary(cases), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,8 @@ The reference DiT is frozen at about 60 % of its MACs with spans of 1, 2 and 4 b
 (``routing.share_index``), exported, and run in turns with the dense model in one process. For each span
 length and number of threads the JSON holds the share of the dense time, the share of the dense MACs,
 and their quotient (realised / implied speed-up); a profile of each graph says what its routing ops take.
+``blocks`` is about one block of other sizes alone: its routing with nothing in between as a share of the dense
+block, and the keep ratio from which on routing pays.
 
 Writes ``benchmarks/results/routing_overhead.json``.
 """
@@ -18,7 +20,6 @@ import collections
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import onnx
 import onnxruntime
 
 import diffcr_compile as dcr
+from benchmarks.speed.record import write_record
+from benchmarks.speed.routing_parts import block_overhead
 from diffcr_compile.bench import interleaved
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.export.onnx_model import onnx_from_program
@@ -35,7 +38,6 @@ from diffcr_compile.program import Program, with_batch
 from diffcr_compile.reference import demo
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule, cost_of
-from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parent / "results/routing_overhead.json"
 # Kept tokens per routing unit: schedules like those that calibration finds, early blocks full.
@@ -44,6 +46,7 @@ COLUMNS = {
     2: (256, 112, 128, 160),
     4: (192, 144),
 }
+BLOCK_SIZES = [(192, 1024), (384, 256), (384, 1024), (1152, 256), (1152, 1024)]
 ROUTING_OPS = ("TopK", "GatherND", "ScatterND")
 
 
@@ -150,15 +153,15 @@ def main() -> None:
             paths[name] = Path(folder) / f"{name}.onnx"
             onnx.save(onnx_from_program(with_batch(program, args.batch)), paths[name])
         threads = [measure(paths, shares, count, args) for count in (1, 2)]
-    report = {
+    sizes = [(64, 64)] if args.smoke else BLOCK_SIZES
+    report: dict[str, Any] = {
         "model": demo.NAME,
         "batch": args.batch,
         "kept_tokens": {f"span_{n}": column for n, column in COLUMNS.items()},
         "measured": threads,
-        "environment": environment(),
-        "date": time.strftime("%Y-%m-%d"),
+        "blocks": [block_overhead(*size, 7 if args.smoke else 40) for size in sizes],
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_record(args.out, report)
     for part in threads:
         for name, row in part["spans"].items():
             print(
@@ -166,6 +169,11 @@ def main() -> None:
                 f"{row['share_of_dense_macs']:.3f} of its MACs, realised / implied "
                 f"{row['realised_over_implied']:.3f}, routing ops {row['routing_ops_share_of_graph']:.1%}"
             )
+    for row in report["blocks"]:
+        print(
+            f"width {row['width']}, {row['tokens']} tokens: routing {row['routing_share_of_dense_block']:.2%} of the "
+            f"dense block, pays from keep ratio {row['break_even_keep_ratio']:.3f} downwards"
+        )
 
 
 if __name__ == "__main__":

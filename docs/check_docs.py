@@ -85,7 +85,7 @@ def _resolves(name: str) -> bool:
 def _made_pages() -> list[str]:
     """Findings about the pages that are made from code and data."""
     findings: list[str] = []
-    for name in ("make_targets", "make_errors", "make_jetson"):
+    for name in ("make_targets", "make_errors", "make_jetson", "make_speed"):
         spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None

@@ -9,6 +9,7 @@ attention and feed-forward alike, as the budget asks for more than attention alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ def kept_for(budget: float) -> tuple[int, float]:
 def merged(
     block: Callable[..., Tensor], left: int, generator: torch.Generator
 ) -> Callable[..., Tensor]:
-    """The block on `left` merged tokens of (B, GRID * GRID, C)."""
+    """The block on `left` merged tokens of (B, N, C), N a square."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source, target = matches(hidden, left, generator)
@@ -82,11 +83,12 @@ def matches(hidden: Tensor, left: int, generator: torch.Generator) -> tuple[Tens
 def window_picks(tokens: int, left: int, generator: torch.Generator) -> Tensor:
     """One random token of each window, the smallest windows that leave few enough destinations."""
     side = next(s for s in (2, 4, 8) if tokens // s**2 <= left)
-    across = GRID // side
+    grid = math.isqrt(tokens)
+    across = grid // side
     inside = torch.randint(side * side, (across, across), generator=generator)
     rows = torch.arange(across)[:, None] * side + inside // side
     columns = torch.arange(across)[None, :] * side + inside % side
-    return (rows * GRID + columns).flatten()
+    return (rows * grid + columns).flatten()
 
 
 def merge(hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:

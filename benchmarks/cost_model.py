@@ -1,0 +1,126 @@
+"""Latency of schedules as predicted from the block table, against what is measured.
+
+    python -m benchmarks.cost_model
+    python -m benchmarks.cost_model --smoke --out x.json
+
+The table is what ``diffcr bench MODEL --table`` writes. Schedules are random, uniform, and early blocks full; each is run
+in turns with the dense model. Writes ``benchmarks/results/cost_model.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speed.models import dit_inputs, routed_dit
+from benchmarks.speed.record import RESULTS, write_record
+from diffcr_compile.block_graphs import frozen_at
+from diffcr_compile.config import RoutingConfig
+from diffcr_compile.export.onnx_model import export_graph
+from diffcr_compile.export.weights import WeightsWriter
+from diffcr_compile.latency_bench import measure_latency
+from diffcr_compile.latency_table import LatencyTable, latency_costs
+from diffcr_compile.macs import levels_of_blocks
+from diffcr_compile.program import Program
+from diffcr_compile.runtime.backend import make_session
+from diffcr_compile.runtime.timing import in_turns
+
+Column = dict[str, int]
+
+
+def columns(levels: Mapping[str, tuple[int, ...]], count: int) -> dict[str, Column]:
+    """Schedules by name, one timestep bucket each."""
+    generator = np.random.default_rng(0)
+    found = {
+        f"random {number}": {b: int(generator.choice(every)) for b, every in levels.items()}
+        for number in range(count)
+    }
+    found["uniform"] = {b: every[len(every) // 2] for b, every in levels.items()}
+    half = len(levels) // 2
+    found["late blocks least"] = {
+        b: every[-1] if number < half else every[0]
+        for number, (b, every) in enumerate(levels.items())
+    }
+    return found
+
+
+def measure(width: int, blocks: int, tokens: int, rounds: int, count: int) -> dict[str, Any]:
+    _, routed = routed_dit(width, blocks, tokens, 1)
+    config = RoutingConfig(multiple_of=tokens // 8, min_keep_ratio=0.25)
+    levels = levels_of_blocks(routed, config.multiple_of, config.min_keep_ratio)
+    table = LatencyTable.model_validate(
+        measure_latency(routed, config, "DiT", threads=1, most_rounds=rounds)
+    )
+    costs = latency_costs(table, levels, table.model.fingerprint)
+    wanted = columns(levels, count)
+    measured = shares(routed, wanted, tokens, rounds)
+    rows = []
+    for name, column in wanted.items():
+        predicted = (
+            costs.outer + sum(costs.at(b, k) for b, k in column.items())
+        ) / costs.dense
+        rows.append(
+            {
+                "schedule": name,
+                "kept_tokens": list(column.values()),
+                "predicted_share": predicted,
+                "measured_share": measured[name],
+                "off": predicted / measured[name] - 1,
+            }
+        )
+    return {
+        "width": width,
+        "blocks": blocks,
+        "tokens": tokens,
+        "stable": table.stable,
+        "worst_error": table.worst_error,
+        "rows": rows,
+        "worst_off": max(abs(row["off"]) for row in rows),
+    }
+
+
+def shares(
+    routed: Program, wanted: Mapping[str, Column], tokens: int, rounds: int
+) -> dict[str, float]:
+    """Time of each schedule as a share of the dense model's."""
+    inputs = {n: v.numpy() for n, v in dit_inputs(tokens, 1).items()}
+    every = {"dense": {b.name: b.num_tokens for b in routed.blocks}, **wanted}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with WeightsWriter(folder / "weights.bin") as writer:
+            for number, column in enumerate(every.values()):
+                graph, _ = export_graph(frozen_at(routed, column), writer)
+                writer.externalize(graph)
+                (folder / f"{number}.onnx").write_bytes(graph.SerializeToString())
+        sessions = [make_session(folder / f"{n}.onnx", threads=1) for n in range(len(every))]
+        runs = {
+            label: (lambda s=s: s.run(None, inputs))  # type: ignore[misc]
+            for label, s in zip(every, sessions, strict=True)
+        }
+        timings = in_turns(runs, "dense", 0.005, rounds)
+    return {label: timing.share for label, timing in timings.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "cost_model.json")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    cases = [(64, 2, 64)] if args.smoke else [(384, 6, 1024), (192, 6, 256)]
+    rounds, count = (7, 1) if args.smoke else (args.rounds, 4)
+    found = [measure(*case, rounds, count) for case in cases]
+    write_record(args.out, {"threads": 1, "cases": found})
+    for case in found:
+        print(
+            f"width {case['width']}, {case['tokens']} tokens: worst prediction off by {case['worst_off']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

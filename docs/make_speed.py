@@ -1,0 +1,272 @@
+"""Write docs/speed.md from the records in benchmarks/results; `make docs` checks that it is up to date.
+
+python docs/make_speed.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "speed.md"
+RESULTS = ROOT / "benchmarks" / "results"
+Record = dict[str, Any]
+HEAD = """# Speed and size
+
+What the MACs promise, and what is delivered. Made by `docs/make_speed.py` from the records in
+[benchmarks/results](../benchmarks/results); run a benchmark again, do not change this page. Models are untrained: speed and
+size depend on shapes. Everything is a ratio of runs that took turns in one process; the machine is a shared one, so
+milliseconds mean little. `python -m benchmarks.<name>` makes a record again, `--smoke` in seconds.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            lines += [*section(record), "", _origin(name, record), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def out_of_date() -> list[str]:
+    """One finding if the page is not what the records say."""
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
+        return []
+    return ["docs/speed.md is out of date; run python docs/make_speed.py"]
+
+
+def speedup(record: Record) -> list[str]:
+    """Realised over implied by size and backend."""
+    lines = [
+        "## Realised against MACs-implied speed-up",
+        "",
+        (
+            "A DiT with the same keep ratio in every block, one thread. 1.0 is all that the MACs promise. Wanted: 1.0 on ONNX "
+            "Runtime from 1,024 tokens on, 0.9 with 256; 0.9 in torch eager. **Bold** misses."
+        ),
+        "",
+    ]
+    ratios = sorted({row["keep_ratio"] for row in record["rows"]}, reverse=True)
+    header = ["backend", "width", "tokens", "batch", "blocks"]
+    header += [f"keep {ratio}" for ratio in ratios]
+    table = []
+    keys = sorted({tuple(row[k] for k in header[:5]) for row in record["rows"]})
+    for key in keys:
+        rows = {
+            row["keep_ratio"]: row
+            for row in record["rows"]
+            if tuple(row[k] for k in header[:5]) == key
+        }
+        table.append([*map(str, key), *(_realised(rows[ratio]) for ratio in ratios)])
+    return [*lines, *_table(header, table)]
+
+
+def _realised(row: Record) -> str:
+    backend, tokens = row["backend"], row["tokens"]
+    wanted = {"onnxruntime": 1.0 if tokens >= 1024 else 0.9}.get(backend, 0.9)
+    found = f"{row['realised_over_implied']:.2f}"
+    found = found if float(found) >= wanted else f"**{found}**"
+    return f"{found} ({row['realised']:.2f} × of {row['macs_implied']:.2f} ×)"
+
+
+def routing_overhead(record: Record) -> list[str]:
+    """One block alone."""
+    rows = [
+        [
+            str(row["width"]),
+            str(row["tokens"]),
+            f"{row['routing_share_of_dense_block']:.2%}",
+            f"{row['break_even_keep_ratio']:.3f}",
+        ]
+        for row in record["blocks"]
+    ]
+    header = ["width", "tokens", "routing of the dense block", "pays from keep ratio"]
+    return [
+        "## What routing costs",
+        "",
+        (
+            "Router, top-k, gather and scatter at a keep ratio of 0.5 with nothing in between, as a share of the dense block; "
+            "and the keep ratio from which on a routed block is faster than a dense one. Wanted at 1,024 tokens and width "
+            "384 and more: at most 2 %, at least 0.95."
+        ),
+        "",
+        *_table(header, rows),
+    ]
+
+
+def cost_model(record: Record) -> list[str]:
+    """Predictions from the block table."""
+    rows = [
+        [
+            f"{case['width']} wide, {case['tokens']} tokens",
+            row["schedule"],
+            f"{row['predicted_share']:.3f}",
+            f"{row['measured_share']:.3f}",
+            f"{row['off']:+.1%}",
+        ]
+        for case in record["cases"]
+        for row in case["rows"]
+    ]
+    return [
+        "## Latency predicted from the block table",
+        "",
+        "Shares of the dense model's time. Wanted: within 10 %.",
+        "",
+        *_table(["model", "schedule", "predicted", "measured", "off"], rows),
+    ]
+
+
+def peers(record: Record) -> list[str]:
+    """Ours against others at equal MACs."""
+    lines = ["## Against peers at equal MACs", ""]
+    for case in record["cases"]:
+        rows = [
+            [
+                row["name"],
+                f"{row['speed_up_over_dense_onnx']:.2f} ×",
+                f"{row['slower_than_ours']:.2f} ×",
+            ]
+            for row in case["rows"]
+        ]
+        header = ["way", "of dense in ONNX Runtime", "time, ours on the same executor = 1"]
+        lines += [
+            (
+                f"Width {case['width']}, {case['blocks']} blocks, {case['tokens']} tokens, keep ratio {case['keep_ratio']} "
+                f"({case['macs_share']:.1%} of the MACs):"
+            ),
+            "",
+            *_table(header, rows),
+            "",
+        ]
+    return lines[:-1]
+
+
+def export_cost(record: Record) -> list[str]:
+    """Export: time and memory."""
+    found, lines = record["summary"], ["## Export", ""]
+    rows = []
+    for name, value in found.items():
+        if name.startswith("further_bucket_of"):
+            rows.append([f"graph of a further bucket of {name.rsplit('_', 1)[1]}, of the first's time", "≤ 5 %", f"{value:.1%}"])  # fmt: skip
+    if "further_bucket_with_checks" in found:
+        rows.append(["the same with golden outputs and all checks, which run the model", "", f"{found['further_bucket_with_checks']:.1%}"])  # fmt: skip
+    if "large" in found:
+        large = found["large"]
+        rows += [
+            ["28 blocks of width 1,152, 4 buckets: graph of a further bucket", "≤ 5 %", f"{large['further_bucket']:.1%}"],
+            ["peak memory of the export, of the weights", "≤ 1.6 ×", f"{large['peak_over_weights']['export']:.2f} ×"],
+            ["peak memory of capture and routing", "", f"{large['peak_over_weights']['capture_and_route']:.2f} ×"],
+            ["peak memory of one plain export", "", f"{large['plain_peak_over_weights']:.2f} ×"],
+            ["time of the export with all checks, of one plain export", "≤ 1.5 ×", f"{large['export_over_plain']:.2f} ×"],
+            ["time of its graphs alone", "", f"{large['graphs_over_plain']:.2f} ×"],
+        ]  # fmt: skip
+    for stage, line in found.get("by_blocks", {}).items():
+        rows.append(
+            [
+                f"{stage.replace('_', ' ')}, 6 to 56 blocks: R² of a line",
+                "≥ 0.98",
+                f"{line['r2']:.3f}",
+            ]
+        )
+    lines += _table(["", "wanted", "found"], rows)
+    mapped = record["cases"].get("mapped", [])
+    if mapped:
+        header = [
+            "blocks",
+            "weights, MB",
+            "memory without a file behind it after the export, MB",
+        ]
+        table = [
+            [
+                str(c["blocks"]),
+                f"{c['weights'] / 1e6:.0f}",
+                f"{c['export']['anonymous'] / 1e6:.0f}",
+            ]
+            for c in mapped
+        ]
+        lines += [
+            "",
+            "With weights that are mapped from a safetensors file into a model that was made on the meta device:",
+            "",
+            *_table(header, table),
+        ]
+    return lines
+
+
+def artifact_size(record: Record) -> list[str]:
+    """Bytes."""
+    rows = [
+        [
+            f"{case['width']}, {case['blocks']}",
+            str(case["buckets"]),
+            f"{case['onnx_over_weights_of_one']:.3f} ×",
+            f"{case['all_over_weights_of_one']:.3f} ×",
+        ]
+        for case in record["cases"]
+    ]
+    header = ["width, blocks", "buckets", "graphs and weights", "with golden outputs"]
+    return [
+        "## Bytes of an artifact",
+        "",
+        "Against one plain dense export. Wanted: at most 1.02 ×.",
+        "",
+        *_table(header, rows),
+    ]
+
+
+def load_memory(record: Record) -> list[str]:
+    """Resident memory."""
+    rows = [
+        [
+            f"{case['width']}, {case['blocks']}",
+            f"{case['weights'] / 1e6:.0f} MB",
+            f"{case['resident_over_dense']:.2f} ×",
+            f"{case['proportional_over_dense']:.2f} ×",
+        ]
+        for case in record["cases"]
+    ]
+    header = ["width, blocks", "weights", "8 buckets, resident", "each page once"]
+    return [
+        "## Memory with all buckets loaded",
+        "",
+        "Against one session of the plain dense export. Wanted: at most 1.25 ×.",
+        "",
+        *_table(header, rows),
+    ]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _origin(name: str, record: Record) -> str:
+    machine, versions = record["machine"], record["environment"]
+    return (
+        f"[{name}.json](../benchmarks/results/{name}.json), {record['date']}, {machine['processor']}, "
+        f"{machine['cores']} cores, torch {versions['torch']}, onnxruntime {versions['onnxruntime']}."
+    )
+
+
+SECTIONS: dict[str, Callable[[Record], list[str]]] = {
+    "speedup": speedup,
+    "routing_overhead": routing_overhead,
+    "peers": peers,
+    "cost_model": cost_model,
+    "export_cost": export_cost,
+    "artifact_size": artifact_size,
+    "load_memory": load_memory,
+}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    sys.exit(0)

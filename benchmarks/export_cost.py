@@ -39,7 +39,7 @@ from benchmarks.speed.plain import plain_onnx
 from benchmarks.speed.record import RESULTS, read_record, write_record
 from diffcr_compile.export import artifact, bucket_graphs
 
-TOKENS, TEXT_WIDTH_LARGE = 256, 4096
+TEXT_WIDTH_LARGE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Case:
         buckets: timestep buckets, no two alike.
         mapped: weights are mapped from a file.
         plain: also export the dense model with plain torch, in turns.
+        tokens: of an image.
     """
 
     width: int
@@ -59,6 +60,7 @@ class Case:
     buckets: int
     mapped: bool = False
     plain: bool = False
+    tokens: int = 256
 
     @property
     def text_width(self) -> int:
@@ -70,12 +72,15 @@ BY_BLOCKS = [Case(192, blocks, 2) for blocks in (6, 16, 28, 42, 56)]
 LARGE = [Case(1152, 28, 4, plain=True)]
 MAPPED = [Case(1152, blocks, 2, mapped=True) for blocks in (4, 12, 28)]
 EVERY = {"buckets": BY_BUCKETS, "blocks": BY_BLOCKS, "large": LARGE, "mapped": MAPPED}
-SMOKE = {"buckets": [Case(64, 2, 2, plain=True)], "mapped": [Case(64, 2, 2, mapped=True)]}
+SMOKE = {
+    "buckets": [Case(64, 2, 2, plain=True, tokens=64)],
+    "mapped": [Case(64, 2, 2, mapped=True, tokens=64)],
+}
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """All stages of a case in this process."""
-    inputs = pixart_inputs(TOKENS, 1, case.text_width)
+    inputs = pixart_inputs(case.tokens, 1, case.text_width)
     found: dict[str, Any] = {**dataclasses.asdict(case), "imports_peak": memory.read("VmHWM")}
     if case.mapped:
         write_weights(case, folder / "model.safetensors")
@@ -87,7 +92,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         with memory.stage() as plain:
             plain_onnx(model, inputs, folder / "plain.onnx")
         found["plain"] = row(plain)
-    with memory.stage() as routed_stage:
+    with memory.stage() as routed_stage, torch.no_grad():
         routed = dcr.route(model, inputs)
     schedule = schedule_of(routed.program, mixed_columns(case.blocks, case.buckets))
     with memory.stage() as freeze_stage:
@@ -116,7 +121,7 @@ def row(stage: memory.Stage) -> dict[str, Any]:
 
 
 def new_model(case: Case) -> nn.Module:
-    return new_pixart(case.width, case.blocks, TOKENS, case.text_width)
+    return new_pixart(case.width, case.blocks, case.tokens, case.text_width)
 
 
 def write_weights(case: Case, path: Path) -> None:
@@ -150,7 +155,7 @@ def mapped_model(case: Case, folder: Path) -> nn.Module:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(weights, assign=True)
-    positions = new_pixart(case.width, 1, TOKENS, case.text_width).pos_embed.pos_embed
+    positions = new_pixart(case.width, 1, case.tokens, case.text_width).pos_embed.pos_embed
     model.pos_embed.pos_embed = positions  # a buffer that is computed, not stored
     return model.eval()
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality.merging import merged
-from benchmarks.speed.mod import with_depths
+from benchmarks.speed.mod import add_depths
 from benchmarks.speed.models import dit_inputs, new_dit, routed_dit
 from benchmarks.speed.plain import plain_onnx
 from benchmarks.speed.record import RESULTS, write_record
@@ -61,7 +61,9 @@ def merging_model(size: Size) -> nn.Module:
 
 def depths_model(size: Size) -> nn.Module:
     model = new_dit(size.width, size.blocks, size.tokens)
-    return with_depths(model, size.width, size.kept, lambda m: m.transformer_blocks)
+    for block in model.transformer_blocks:  # type: ignore[union-attr]
+        add_depths(block, size.width, size.kept)
+    return model.eval()
 
 
 def torch_run(module: Any, call: dict[str, Any]) -> Run:
@@ -128,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = (
-        [Size(64, 1, 64)] if args.smoke else [Size(), Size(tokens=256), Size(keep_ratio=0.75)]
+        [Size(64, 2, 64)] if args.smoke else [Size(), Size(tokens=256), Size(keep_ratio=0.75)]
     )
     cases = [measure(size, 7 if args.smoke else args.rounds) for size in sizes]
     write_record(args.out, {"threads": 1, "cases": cases})

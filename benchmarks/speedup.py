@@ -41,13 +41,15 @@ def blocks_of(tokens: int) -> int:
     return 6 if tokens < 4096 else 2
 
 
-def measure_size(size: Size, rounds: int, stability: float) -> list[dict[str, Any]]:
+def measure_size(
+    size: Size, rounds: int, stability: float, ratios: tuple[float, ...] = KEEP_RATIOS
+) -> list[dict[str, Any]]:
     """A row for every backend and keep ratio."""
     width, tokens, batch = size
     model, routed = routed_dit(width, blocks_of(tokens), tokens, batch)
     frozen = {
         ratio: frozen_at(routed, {b.name: round(ratio * tokens) for b in routed.blocks})
-        for ratio in KEEP_RATIOS
+        for ratio in ratios
     }
     costs = measure_costs(routed, tokens // 4, 0.25)
     shares = {
@@ -55,7 +57,7 @@ def measure_size(size: Size, rounds: int, stability: float) -> list[dict[str, An
             costs.outer + sum(costs.at(b.name, round(ratio * tokens)) for b in routed.blocks)
         )
         / costs.dense
-        for ratio in KEEP_RATIOS
+        for ratio in ratios
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +168,10 @@ def main() -> None:
     rows = read_record(args.out)["rows"] if args.out.exists() and not args.smoke else []
     done = {(row["width"], row["tokens"], row["batch"]) for row in rows}
     for size in sizes(args.sizes, args.smoke, done):
-        found = measure_size(size, 7 if args.smoke else args.rounds, args.stability)
+        if args.smoke:
+            found = measure_size(size, 7, 0.5, KEEP_RATIOS[:1])
+        else:
+            found = measure_size(size, args.rounds, args.stability)
         same = dict(zip(("width", "tokens", "batch"), size, strict=True))
         rows = [row for row in rows if any(row[k] != v for k, v in same.items())] + found
         write_record(args.out, {"threads": 1, "rows": rows})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import diffcr_compile as dcr
-from diffcr_compile.calibrate.latents import LatentStates
+from diffcr_compile.calibrate.latents import LatentStates, _towards
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets
@@ -136,6 +136,45 @@ def test_scaled_and_chosen_timesteps_reach_the_model(cases: Callable[[str], Any]
     assert sorted(set(found.timesteps.tolist())) == [50, 150, 300, 450]
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_target_moves_towards_the_truth(
+    cases: Callable[[str], Any], prediction: str, share: float
+) -> None:
+    """The truth by hand, from the same draws; states and timesteps stay what they are without it."""
+    program, data, noisy = cases("dit").routed, samples(2), scheduler(prediction)
+    answers, mixed = (
+        LatentStates(data, noisy, prediction, per_latent=2, true_share=s).teacher_states(
+            program, BUCKETS, seed=5
+        )
+        for s in (0.0, share)
+    )
+    assert torch.equal(mixed.timesteps, answers.timesteps)
+    generator = torch.Generator().manual_seed(5)
+    kept = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+    for number, t in enumerate(mixed.timesteps):
+        latent = data[number // 2]["latent"]
+        torch.randint(250, (), generator=generator)  # the draw of the timestep
+        noise = torch.randn(1, 16, 16, generator=generator)
+        signal, spread = kept[int(t)].sqrt(), (1 - kept[int(t)]).sqrt()
+        truth = {
+            "epsilon": noise,
+            "v_prediction": signal * noise - spread * latent,
+            "flow": noise - latent,
+        }[prediction]
+        expected = (1 - share) * answers.target[number] + share * truth
+        torch.testing.assert_close(mixed.target[number], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_variances_stay_the_dense_models() -> None:
+    answers, truths = torch.randn(3, 4, 2, 2), torch.randn(3, 2, 2, 2)
+    found = _towards(answers, truths, 0.5)
+    assert torch.equal(found[:, 2:], answers[:, 2:])
+    torch.testing.assert_close(found[:, :2], (answers[:, :2] + truths) / 2)
+    with pytest.raises(UsageError, match="true_share needs an output"):
+        _towards(answers, torch.randn(3, 5, 2, 2), 0.5)
+
+
 def without(name: str) -> list[dict[str, Tensor]]:
     return [{k: v for k, v in item.items() if k != name} for item in samples()]
 
@@ -184,6 +223,10 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(
             "timesteps out of range",
         ),
         (lambda: LatentStates([], scheduler("epsilon"), "epsilon", batch=0), "at least 1"),
+        (
+            lambda: LatentStates([], scheduler("epsilon"), "epsilon", true_share=1.1),
+            "true_share must be in",
+        ),
     ],
 )
 def test_schedulers_that_do_not_fit_are_refused_at_once(

@@ -237,12 +237,14 @@ def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> T
         )
     collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
     targets = []
+    device = program.example[program.timestep_input].device
     for number, batch in enumerate(batches):
         tensors = {name: batch[name] for name in program.example if name in batch}
         _check_batch(program, tensors, number)
-        targets.append(run_flat(program, tensors)[0])
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        targets.append(run_flat(program, there)[0].cpu())
         for name, tensor in tensors.items():
-            collected[name].append(tensor)
+            collected[name].append(tensor.cpu())
     if not targets:
         raise UsageError(
             "the calibration data is empty; give at least one batch per timestep bucket"

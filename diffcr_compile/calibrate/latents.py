@@ -42,6 +42,11 @@ class LatentStates:
         batch: states that the dense model answers at once.
         timesteps: the scheduler's timesteps to draw from; None for all of them.
         timestep_scale: the model is called with ``timestep_scale`` times the scheduler's timestep.
+        true_share: share in [0, 1] of the true noise or velocity in what is trained towards; the rest is
+            the dense model's answer. For a squared error that is mixing the loss that the model was
+            trained with and distillation (Hinton et al. 2015) in one forward. With 0 the dense model is the
+            best that can be reached; the truth lets a compressed model pass it, and asks for clean latents
+            of the kind that it was trained on.
     """
 
     latents: Iterable[Mapping[str, Tensor]] | Any
@@ -52,6 +57,7 @@ class LatentStates:
     batch: int = 8
     timesteps: Sequence[float] | None = None
     timestep_scale: float = 1.0
+    true_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prediction not in ("epsilon", "v_prediction", "flow"):
@@ -62,6 +68,8 @@ class LatentStates:
             raise _wrong(
                 f"per_latent and batch must be at least 1, got {self.per_latent} and {self.batch}"
             )
+        if not 0 <= self.true_share <= 1:
+            raise _wrong(f"true_share must be in [0, 1], got {self.true_share}")
         said = getattr(getattr(self.scheduler, "config", None), "prediction_type", None)
         if self.prediction != "flow" and said not in (None, self.prediction):
             raise _wrong(
@@ -98,13 +106,22 @@ class LatentStates:
                 f"the timestep input {program.timestep_input!r} has no batch axis; give example inputs "
                 "with one timestep per sample"
             )
-        drawn = self._drawn(program, buckets, torch.Generator().manual_seed(seed))
-        return label_states(program, self._batches(program, drawn, progress))
+        truths: list[Tensor] = []
+        drawn = self._drawn(program, buckets, torch.Generator().manual_seed(seed), truths)
+        states = label_states(program, self._batches(program, drawn, progress))
+        if self.true_share == 0:
+            return states
+        mixed = _towards(states.target, torch.stack(truths), self.true_share)
+        return dataclasses.replace(states, target=mixed)
 
     def _drawn(
-        self, program: Program, buckets: TimestepBuckets, generator: torch.Generator
+        self,
+        program: Program,
+        buckets: TimestepBuckets,
+        generator: torch.Generator,
+        truths: list[Tensor],
     ) -> Iterator[dict[str, Tensor]]:
-        """One state after the other: the model's inputs without a batch axis."""
+        """One state after the other: the model's inputs without a batch axis. Fills `truths`."""
         choices = self._choices(buckets)
         number = 0
         for position, item in enumerate(_items(self.latents)):
@@ -115,6 +132,8 @@ class LatentStates:
                 at = int(torch.randint(len(choice), (), generator=generator))
                 noise = torch.randn(latent.shape, generator=generator)
                 noisy = self._noisy(latent[None], noise[None], choice[at : at + 1])[0]
+                if self.true_share:
+                    truths.append(self._truth(latent, noise, choice[at : at + 1]))
                 yield self._inputs(program, item, noisy, choice[at])
                 number += 1
         if number == 0:
@@ -158,6 +177,15 @@ class LatentStates:
             return scaled
         noisy: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
         return noisy
+
+    def _truth(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What a model without error would expect to predict."""
+        if self.prediction == "flow":
+            return noise - latent
+        if self.prediction == "epsilon":
+            return noise
+        velocity: Tensor = self.scheduler.get_velocity(latent[None], noise[None], timestep)
+        return velocity[0]
 
     def _check_noise(self) -> None:
         """The scheduler must mix latent and noise as the prediction type says, see ``SAME``."""
@@ -253,6 +281,22 @@ def _items(latents: Any) -> Iterator[Any]:
     if hasattr(latents, "__getitem__") and hasattr(latents, "__len__"):
         return (latents[number] for number in range(len(latents)))
     return iter(latents)
+
+
+def _towards(answers: Tensor, truths: Tensor, share: float) -> Tensor:
+    """The dense model's answers (M, C, ...), moved by `share` towards the truth (M, c, ...).
+
+    Channels beyond c, such as a learned variance, stay what the dense model says.
+    """
+    channels = truths.shape[1]
+    rest = answers[:, channels:]
+    if answers[:, :channels].shape != truths.shape:
+        raise _wrong(
+            f"true_share needs an output with the latent's channels first: the latents have shape "
+            f"{tuple(truths.shape[1:])}, the output {tuple(answers.shape[1:])}. Set true_share to 0"
+        )
+    mixed = answers[:, :channels].lerp(truths.to(answers), share)
+    return torch.cat([mixed, rest], 1)
 
 
 def _wrong(problem: str) -> UsageError:

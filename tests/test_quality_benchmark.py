@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import diffcr_compile as dcr
 from benchmarks.quality import merging, paper
 from benchmarks.quality.jobs import jobs
 from benchmarks.quality.reuse import StepReuse
 from benchmarks.quality.settings import SMOKE, Scale
 from benchmarks.quality.table import ahead_of, knee, summarise
+from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenRouter, TokenSelector
 
 TOKENS = merging.GRID**2
@@ -72,7 +74,8 @@ def test_merging_nothing_is_the_block_itself() -> None:
 
 @pytest.mark.parametrize("budget", [0.8, 0.42])
 def test_as_many_tokens_are_left_as_the_budget_pays_for(budget: float) -> None:
-    left, share = merging.kept_for(budget)
+    program = dcr.route(demo.load_reference_dit(), demo.example_inputs()).program
+    left, share = merging.kept_for(program, budget)
     assert share <= budget < share + 2 / TOKENS
     assert 0 < left < TOKENS
 
@@ -170,7 +173,8 @@ def test_no_job_comes_twice_and_the_dense_model_comes_before_what_is_compared_wi
 
 def run(variant: str, kid: float, seed: int, budget: float = 0.6, steps: int = 4) -> dict:
     figures = {"kid_x1000": kid, "frechet": 1.0, "class_accuracy": 0.5, "macs": budget}
-    key = {"variant": variant, "budget": budget, "seed": seed, "steps": steps}
+    key = {"task": "generation", "variant": variant, "budget": budget}
+    key |= {"seed": seed, "steps": steps}
     return {**key, **figures, "psnr_to_dense_db": None, "steps_taken": steps}
 
 

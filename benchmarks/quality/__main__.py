@@ -1,14 +1,14 @@
 """Quality at equal MACs on the reference DiT, one table.
 
-    python -m benchmarks.quality                    # everything, many hours; goes on where it was, or where the
-                                                    # committed JSON was
-    python -m benchmarks.quality --part 0/2         # and 1/2 beside it: one process a core
+    python -m benchmarks.quality --processes 2      # everything, days on CPU cores; goes on where it was, or where
+                                                    # the committed JSON was
+    python -m benchmarks.quality --processes 14 --device cuda    # minutes on a large GPU
     python -m benchmarks.quality --report           # the table from the runs that are there
     python -m benchmarks.quality --smoke            # minutes, checks that all of it runs
 
 Needs the Debian package dataset-fashion-mnist (for what is trained on images) and matplotlib. All that is
 trained has the same number of steps, batch size, optimizer and learning rates. A run's seed is that of its
-training and of the noise that it is sampled from, which all variants share. Writes
+training and of the noise that it is sampled from, which all variants share. The second task is inpainting. Writes
 ``benchmarks/results/quality.json`` and, from it, docs/quality.md with its pictures.
 """
 
@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
-from benchmarks.quality.jobs import jobs, run
+from benchmarks.quality.jobs import jobs
 from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
+from benchmarks.quality.pool import run_all
 from benchmarks.quality.settings import SMOKE, Scale, config
+from benchmarks.quality.states import teacher_states
 from benchmarks.quality.table import ahead_of, knee, summarise
 from benchmarks.reference import fashion_mnist
 from diffcr_compile.reference.quality import METRIC, load_real_statistics
@@ -51,11 +54,14 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     """The table of all runs that are there."""
     done = [job for job in jobs(scale) if (work / f"{job.name}.json").exists()]
     runs = [json.loads((work / f"{job.name}.json").read_text()) for job in done]
-    rows = summarise(runs)
+    every = summarise(runs)
+    rows = [row for row in every if row["task"] == "generation"]
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
     with_ours = [
-        j.budget for j in done if (j.variant, j.seed) == ("ours", 0) and j.steps == scale.few
+        j.budget
+        for j in done
+        if (j.task, j.variant, j.seed, j.steps) == ("generation", "ours", 0, scale.few)
     ]
     sheets = {}
     for budget in with_ours:
@@ -65,22 +71,22 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
         "metric": METRIC,
         "conditions": conditions(scale),
         "missing": [dataclasses.asdict(job) for job in jobs(scale) if job not in done],
-        "summary": rows,
+        "summary": every,
         "ours_against": {str(b): ahead_of(rows, b, scale.few) for b in with_ours},
         "knee": knee(rows, scale.budgets[0]),
         "sheets_top_to_bottom": sheets,
         "runs": runs,
-        "environment": {**environment(), "cpu_threads": torch.get_num_threads()},
+        "environment": {**environment(), "device": device_name(scale.device)},
         "date": time.strftime("%Y-%m-%d"),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")
     if target == RESULTS:
         PAGE.write_text(page(report))
-    for row in rows:
+    for row in every:
         kid = row["kid_x1000"]
         print(
-            f"{row['variant']:30} {row['budget']:4.0%} {row['steps_taken']:3} of {row['steps']:3} steps, "
+            f"{row['task']:10} {row['variant']:30} {row['budget']:4.0%} {row['steps_taken']:3} of {row['steps']:3} steps, "
             f"MACs {row['macs']['mean']:6.1%}: KID x 1000 {kid['mean']:6.1f} "
             f"({kid['min']:.1f} to {kid['max']:.1f}, {row['seeds']} seeds)"
         )
@@ -102,36 +108,36 @@ def take_up(published: Path, scale: Scale, work: Path) -> None:
             path.write_text(json.dumps(entry, indent=1))
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=fashion_mnist.DEFAULT_FOLDER)
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th job, for n processes")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default=Scale.device)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no run after"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    scale, target, pictures = Scale(), RESULTS, PICTURES
+    deadline = time.monotonic() + args.seconds
+    scale, target, pictures = Scale(device=args.device), RESULTS, PICTURES
     if args.smoke:
-        scale, args.work = SMOKE, args.work / "smoke"
+        scale = dataclasses.replace(SMOKE, device=args.device)
+        args.work = args.work / "smoke"
         target, pictures = args.work / "quality.json", args.work
     args.work.mkdir(parents=True, exist_ok=True)
     take_up(target, scale, args.work)
-    part, parts = map(int, args.part.split("/"))
-    for number, job in enumerate(jobs(scale)):
-        mine = number % parts == part or job.variant == "dense"
-        if mine and not args.report and not (args.work / f"{job.name}.json").exists():
-            announce(job, run(job, scale, args.work, args.data))
+    cases = [Case(job, scale, args.work, args.data) for job in jobs(scale)]
+    if not args.report:
+        for case in {case.job.task: case for case in cases}.values():
+            teacher_states(case)
+        run_all(cases, args.processes, deadline)
     write_report(scale, args.work, target, pictures)
-
-
-def announce(job: Job, found: dict[str, float]) -> None:
-    print(
-        f"{time.strftime('%H:%M')} {job.name}: KID x 1000 {found['kid_x1000']:.1f}, "
-        f"MACs {found['macs']:.1%}, {found['steps_taken']} steps",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -15,18 +15,21 @@ class Job:
         budget: share of the dense MACs.
         seed: of the training and of the noise.
         steps: sampling steps of the dense model that the MACs are counted against.
+        task: ``generation`` or ``inpainting``.
     """
 
     variant: str
     budget: float
     seed: int
     steps: int
+    task: str = "generation"
 
     @property
     def name(self) -> str:
         """Of its files."""
         words = re.sub(r"[^a-z0-9]+", "-", self.variant.lower()).strip("-")
-        return f"{words}_{round(100 * self.budget)}_{self.steps}steps_{self.seed}"
+        name = f"{words}_{round(100 * self.budget)}_{self.steps}steps_{self.seed}"
+        return name if self.task == "generation" else f"{self.task}_{name}"
 
     @property
     def dense(self) -> Job:

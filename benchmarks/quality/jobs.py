@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import Scale
@@ -47,6 +47,10 @@ def jobs(scale: Scale) -> list[Job]:
         order.append(Job("dense", 1.0, seed, scale.few))
         order.append(Job("dense, fine-tuned", 1.0, seed, scale.few))
         order += at_a_budget(first, seed, scale.few)
+    if second:
+        for seed in others:
+            order += at_a_budget(second, seed, scale.few)
+    order += inpainting(scale)
     order.append(Job("dense", 1.0, one, scale.many))
     order += [Job(name, first, one, scale.many) for name in MANY]
     order += [Job("dense", 1.0, one, steps) for steps in scale.dense_steps]
@@ -59,22 +63,32 @@ def jobs(scale: Scale) -> list[Job]:
     return list(dict.fromkeys(order))
 
 
-def at_a_budget(budget: float, seed: int, steps: int) -> list[Job]:
-    return [Job(name, budget, seed, steps) for name in AT_A_BUDGET]
+def at_a_budget(budget: float, seed: int, steps: int, task: str = "generation") -> list[Job]:
+    return [Job(name, budget, seed, steps, task) for name in AT_A_BUDGET]
 
 
-def run(job: Job, scale: Scale, work: Path, data: Path) -> dict[str, Any]:
+def inpainting(scale: Scale) -> list[Job]:
+    """The second task, with one seed."""
+    seed, task = scale.seeds[0], "inpainting"
+    order = [Job(name, 1.0, seed, scale.few, task) for name in ("dense", "dense, fine-tuned")]
+    for budget in scale.budgets[:2]:
+        order += at_a_budget(budget, seed, scale.few, task)
+    return order
+
+
+def run(case: Case) -> dict[str, Any]:
     """Build and measure; what was measured is in ``<name>.json``, some images beside it."""
+    job, work = case.job, case.work
     path = work / f"{job.name}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     started = time.process_time()
-    built = build(job, scale, work, data)
+    built = build(case)
     built_in = time.process_time() - started
     reference = work / f"{job.dense.name}.safetensors"
     dense_images = load_file(reference)["images"] if reference.exists() else None
-    scores, images = measured(built, scale.samples, job.steps, job.seed, dense_images)
+    scores, images = measured(built, case, dense_images)
     # all of the dense model's, which the others are compared with
     kept = images if job.variant == "dense" else images[:SHEET]
     save_file({"images": kept.contiguous().clone()}, work / f"{job.name}.safetensors")

@@ -16,27 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import diffcr_compile as dcr
+from benchmarks.quality.case import Case
 from diffcr_compile.macs import measure_costs
-from diffcr_compile.reference import demo
+from diffcr_compile.program import Program
 
 GRID = 16  # tokens a side
 
 
-def build(budget: float, seed: int) -> Any:
+def build(case: Case) -> Any:
     from benchmarks.quality.variants import Built, plain
 
-    left, share = kept_for(budget)
-    model = demo.load_reference_dit()
-    generator = torch.Generator().manual_seed(seed)
+    left, share = kept_for(case.routed().program, case.job.budget)
+    model = case.model()
+    generator = torch.Generator().manual_seed(case.job.seed)
     for block in model.transformer_blocks:
         block.forward = merged(block.forward, left, generator)
     return Built(plain(model), lambda _: share, facts={"tokens_left": left})
 
 
-def kept_for(budget: float) -> tuple[int, float]:
+def kept_for(program: Program, budget: float) -> tuple[int, float]:
     """The most tokens that every block may keep, and what that costs; similarities are not counted."""
-    program = dcr.route(demo.load_reference_dit(), demo.example_inputs()).program
     costs = measure_costs(program, 1, 1 / GRID**2)
 
     def share(tokens: int) -> float:
@@ -69,8 +68,8 @@ def merged(
 def matches(hidden: Tensor, left: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which tokens go, and into which they go: (B, N - left) each, positions in the stream."""
     tokens = hidden.shape[1]
-    destinations = window_picks(tokens, left, generator)  # (D,)
-    is_source = torch.ones(tokens, dtype=torch.bool)
+    destinations = window_picks(tokens, left, generator).to(hidden.device)  # (D,)
+    is_source = torch.ones(tokens, dtype=torch.bool, device=hidden.device)
     is_source[destinations] = False
     sources = is_source.nonzero().flatten()  # (S,)
     unit = nn.functional.normalize(hidden, dim=-1)
@@ -110,5 +109,5 @@ def unmerge(few: Tensor, source: Tensor, target: Tensor, tokens: int) -> Tensor:
 
 
 def _stays(source: Tensor, tokens: int) -> Tensor:
-    stays = torch.ones(len(source), tokens, dtype=torch.bool)
+    stays = torch.ones(len(source), tokens, dtype=torch.bool, device=source.device)
     return stays.scatter(1, source, torch.zeros_like(source, dtype=torch.bool))

@@ -8,7 +8,6 @@ from typing import Any
 
 Report = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "docs/quality.md"
-FIRST = ("dense", "dense, fine-tuned", "ours")
 NOTES = {
     "ours": "learned routers and keep ratios (gradients), this project's calibration",
     "ratios from measured errors": "ours with `calibration.ratios: errors`, solved again once",
@@ -60,14 +59,17 @@ def _head(report: Report) -> Iterator[str]:
 def _tables(report: Report) -> Iterator[str]:
     rows = report["summary"]
     keys = sorted(
-        {(r["budget"], r["steps"]) for r in rows if r["budget"] < 1},
-        key=lambda k: (k[1], -k[0]),
+        {(r["task"], r["budget"], r["steps"]) for r in rows if r["budget"] < 1},
+        key=lambda k: (k[0], k[2], -k[1]),
     )
-    for budget, steps in keys:
-        mine = [r for r in rows if r["steps"] == steps and r["budget"] in (budget, 1.0)]
-        mine.sort(key=lambda r: FIRST.index(r["variant"]) if r["variant"] in FIRST else 9)
+    for task, budget, steps in keys:
+        mine = [
+            r
+            for r in rows
+            if (r["task"], r["steps"]) == (task, steps) and r["budget"] in (budget, 1.0)
+        ]
         yield ""
-        yield f"## {budget:.0%} of the MACs, {steps} steps"
+        yield f"## {task.capitalize()}: {budget:.0%} of the MACs, {steps} steps"
         yield ""
         yield "| | KID x 1000 | PSNR to dense, dB | MACs of the loop | seeds |"
         yield "|---|---|---|---|---|"

@@ -12,7 +12,6 @@ integers by our solver, so that the schedule meets the budget in MACs.
 from __future__ import annotations
 
 import bisect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import diffcr_compile as dcr
-from benchmarks.quality.settings import Scale
+from benchmarks.quality.case import Case
 from benchmarks.quality.tuned import Trainer, autocast, flow_batch
-from benchmarks.reference import fashion_mnist
 from diffcr_compile.budgets import cost_table
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
 from diffcr_compile.program import Program, run_flat, selector_name
-from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import KeepRatios, TimestepBuckets, solve_schedule
 
@@ -38,11 +35,11 @@ BINS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 RATE_RATIO = 0.02
 
 
-def build(budget: float, seed: int, scale: Scale, data: Path) -> Any:
+def build(case: Case) -> Any:
     from benchmarks.quality.variants import Built, of_graphs, share_of
 
-    recipe = Recipe(budget, seed, scale, data)
-    for step in range(scale.calibration_steps):
+    recipe = Recipe(case)
+    for step in range(case.scale.calibration_steps):
         recipe.train_step(step)
     graphs, schedule = recipe.frozen()
     costs = recipe.costs
@@ -60,17 +57,14 @@ class Recipe:
     """A training run of the published method.
 
     Args:
-        budget: the mean keep ratio aims at what costs this share of the dense MACs.
-        seed: of everything drawn.
-        scale: number of steps and batch size.
-        data: folder of Fashion-MNIST.
+        case: the mean keep ratio aims at what costs its budget.
     """
 
-    def __init__(self, budget: float, seed: int, scale: Scale, data: Path) -> None:
-        self.budget, self.seed, self.scale = budget, seed, scale
-        self.images, self.labels = fashion_mnist.load(data, "train")
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.budget = case.job.budget
         config = RoutingConfig(gate="paper")
-        self.routed = dcr.route(demo.load_reference_dit(), demo.example_inputs(), config, seed)
+        self.routed = case.routed(config)
         self.program: Program = self.routed.program
         self.blended = run_passes(self.program, [BlendTwoBins()])
         self.costs = cost_table(self.program, config)
@@ -79,12 +73,13 @@ class Recipe:
             self.program.module.get_submodule(selector_name(spec.name))
             for spec in self.program.blocks
         ]
-        self.ratios = nn.Parameter(torch.ones(len(self.selectors), len(self.buckets)))
-        self.target = self._mean_ratio(budget)
+        ones = torch.ones(len(self.selectors), len(self.buckets), device=case.scale.device)
+        self.ratios = nn.Parameter(ones)
+        self.target = self._mean_ratio(self.budget)
         self.trainer = Trainer(
             dict(self.program.module.named_parameters()),
             [spec.name for spec in self.program.blocks],
-            scale,
+            case.scale,
             [{"params": [self.ratios], "lr": RATE_RATIO, "base_lr": RATE_RATIO}],
         )
         self.losses: list[float] = []
@@ -92,16 +87,14 @@ class Recipe:
     def train_step(self, step: int) -> None:
         bucket = step % len(self.buckets)
         low, high = (edge / 1000 for edge in self.buckets.ranges()[bucket])
-        x, timestep, label, answer = flow_batch(
-            self.images, self.labels, self.scale.batch, self.seed, step, (low, high)
-        )
+        x, timestep, label, answer = flow_batch(self.case, step, (low, high))
         clamped = self.ratios.clamp(SMALLEST, LARGEST)
         for selector, ratio in zip(self.selectors, clamped[:, bucket], strict=True):
             assert isinstance(selector, TokenSelector)
             self._between_bins(selector, ratio)
         self.program.module.train()
         inputs = {"hidden_states": x, "timestep": timestep, "class_labels": label}
-        with autocast():
+        with autocast(self.case.scale.device):
             velocity = run_flat(self.blended, inputs)[0]
         flow = mse_loss(velocity.float(), answer)
         loss = flow + LAMBDA * (clamped.mean() - self.target).square()
@@ -113,7 +106,7 @@ class Recipe:
         """The graphs at the schedule nearest to the learned ratios that the budget allows, and it."""
         self.trainer.take_averages()
         names = tuple(spec.name for spec in self.program.blocks)
-        values = self.ratios.detach().clamp(SMALLEST, LARGEST).double().numpy()
+        values = self.ratios.detach().clamp(SMALLEST, LARGEST).double().cpu().numpy()
         schedule = solve_schedule(
             KeepRatios(names, values), self.costs, self.buckets, self.budget
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-import diffcr_compile as dcr
+from benchmarks.quality.case import Case
 from diffcr_compile.budgets import cost_table
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.reference import demo
@@ -30,10 +30,18 @@ class StepReuse:
         model: the dense model; the calls of its blocks are replaced.
         budget: share of the dense MACs that a loop may cost.
         block_share: what one block costs of a call.
+        noise: what a choice is tried on, with its condition (B, 1 + c, 32, 32).
     """
 
-    def __init__(self, model: nn.Module, budget: float, block_share: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: float,
+        block_share: float,
+        noise: Tensor | None = None,
+    ) -> None:
         self.model, self.budget, self.block_share = model, budget, block_share
+        self.noise = noise
         self.blocks = list(model.transformer_blocks)
         self.step = self.interval = 1
         self.cached = 0  # blocks that a cached step leaves out, up to the one before the last
@@ -43,7 +51,7 @@ class StepReuse:
             block.forward = self._with_cache(block.forward, number)
 
     def __call__(self, x: Tensor, timestep: float, labels: Tensor) -> Tensor:
-        times = torch.full((len(x),), timestep)
+        times = torch.full((len(x),), timestep, device=x.device)
         velocity: Tensor = self.model(x, timestep=times, class_labels=labels).sample
         self.step += 1
         return velocity
@@ -77,12 +85,13 @@ class StepReuse:
     def _error(self, option: tuple[int, int], steps: int) -> float:
         ends = []
         for self.interval, self.cached in (option, (1, 0)):
-            generator = torch.Generator().manual_seed(99)  # no seed of the table
-            x = torch.randn((TRIAL_SAMPLES, 1, 32, 32), generator=generator)
-            labels = torch.arange(TRIAL_SAMPLES) % demo.NUM_CLASSES
+            assert self.noise is not None
+            x, condition = self.noise[:, :1], self.noise[:, 1:]
+            labels = torch.arange(len(x), device=x.device) % demo.NUM_CLASSES
             self.step = 0
             for step in range(steps):
-                x = x - self(x, 1000 * (1 - step / steps), labels) / steps
+                given = torch.cat([x, condition], 1)
+                x = x - self(given, 1000 * (1 - step / steps), labels) / steps
             ends.append(x)
         self.step = 0
         return mse_loss(*ends).item()
@@ -107,11 +116,14 @@ class StepReuse:
         return forward
 
 
-def build(budget: float) -> Any:
+def build(case: Case) -> Any:
     from benchmarks.quality.variants import Built
 
-    program = dcr.route(demo.load_reference_dit(), demo.example_inputs()).program
+    program = case.routed().program
     costs = cost_table(program, RoutingConfig())
     block_share = costs.per_level[program.blocks[0].name][-1] / costs.dense
-    reuse = StepReuse(demo.load_reference_dit(), budget, block_share)
+    generator = torch.Generator().manual_seed(99)  # no seed of the table
+    noise = torch.randn((TRIAL_SAMPLES, 1, 32, 32), generator=generator)
+    tried = torch.cat([noise, case.asked_for(TRIAL_SAMPLES)[1]], 1).to(case.scale.device)
+    reuse = StepReuse(case.model(), case.job.budget, block_share, tried)
     return Built(reuse, reuse.share, start=reuse.start)

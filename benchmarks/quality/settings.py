@@ -60,11 +60,15 @@ class Scale:
     fewest: int = FEWEST_STEPS
     dense_steps: tuple[int, ...] = DENSE_STEPS
     calibration_steps: int = OURS["calibration"]["steps"]
-    # More steps than few: the dense model's states are then nearer to images. Rollouts with as few steps as the
-    # evaluation bring the samples nearer to the dense model's, which are poor with few steps, and score worse.
-    trajectories: int = 384
-    rollout_steps: int = 10
     batch: int = OURS["calibration"]["batch"]
+    # Of the true velocity in what the routed variants learn, see states.py.
+    true_share: float = 1.0
+    device: str = "cpu"
+
+    @property
+    def states(self) -> int:
+        """As many as a calibration draws, so that hardly any is seen often."""
+        return self.calibration_steps * self.batch
 
 
 SMOKE = Scale(
@@ -76,8 +80,6 @@ SMOKE = Scale(
     fewest=4,
     dense_steps=(2, 4),
     calibration_steps=4,
-    trajectories=4,
-    rollout_steps=4,
     batch=4,
 )
 
@@ -89,5 +91,4 @@ def config(variant: str, seed: int, scale: Scale) -> CompileConfig:
     }
     steps = round(STEP_SHARES.get(variant, 1) * scale.calibration_steps)
     data["calibration"].update(seed=seed, batch=scale.batch, steps=steps)
-    data["rollouts"] = {"trajectories": scale.trajectories, "steps": scale.rollout_steps}
     return make_config(data)

@@ -12,8 +12,8 @@ Run = Mapping[str, Any]
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row per variant, budget and steps: mean, smallest and largest of every figure over seeds."""
-    keys = ("variant", "budget", "steps")
+    """A row per task, variant, budget and steps: mean, smallest and largest of every figure over seeds."""
+    keys = ("task", "variant", "budget", "steps")
     rows = []
     for key in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
         mine = [run for run in runs if tuple(run[k] for k in keys) == key]

@@ -8,32 +8,27 @@ course and the moving average are those of the calibration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from benchmarks.quality.case import Case
 from benchmarks.quality.settings import OURS, Scale
-from benchmarks.reference import fashion_mnist
 from diffcr_compile.calibrate.trained import TrainedParameters, make_optimizers
 from diffcr_compile.config import CalibrationConfig
-from diffcr_compile.reference import demo
 
 
-def build(seed: int, scale: Scale, data: Path) -> Any:
+def build(case: Case) -> Any:
     from benchmarks.quality.variants import Built, plain
 
-    images, labels = fashion_mnist.load(data, "train")
-    model = demo.load_reference_dit()
+    model, scale = case.model(), case.scale
     trainer = Trainer(dict(model.named_parameters()), ["transformer_blocks"], scale)
     losses = []
     for step in range(scale.calibration_steps):
-        x, timestep, label, answer = flow_batch(
-            images, labels, scale.batch, seed, step, (0.0, 1.0)
-        )
-        with autocast():
+        x, timestep, label, answer = flow_batch(case, step, (0.0, 1.0))
+        with autocast(scale.device):
             velocity = model(x, timestep=timestep, class_labels=label).sample
         loss = mse_loss(velocity.float(), answer)
         loss.backward()
@@ -70,34 +65,36 @@ class Trainer(TrainedParameters):
         self.forget_averages()
 
 
-def autocast() -> torch.autocast:
+def autocast(device: str) -> torch.autocast:
     """The calibration's precision."""
     enabled = OURS["calibration"]["precision"] == "bf16"
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def flow_batch(
-    images: Tensor,
-    labels: Tensor,
-    batch: int,
-    seed: int,
-    step: int,
-    times: tuple[float, float],
+    case: Case, step: int, times: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy images, their timesteps and labels, and the velocity that flow matching asks for.
+    """Noisy images with their condition, timesteps and labels, and the velocity that flow matching asks for.
 
     Args:
-        images: (N, 1, 32, 32) in [-1, 1].
-        labels: (N,).
-        batch: how many to draw.
-        seed: with `step`, decides everything that is drawn.
+        case: its seed, with `step`, decides everything that is drawn.
         step: from 0.
         times: t is uniform between these two, in [0, 1].
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    images, labels = case.train_images()
+    batch = case.scale.batch
+    generator = torch.Generator().manual_seed(case.job.seed * 1_000_003 + step)
     rows = torch.randint(len(images), (batch,), generator=generator)
-    noise = torch.randn((batch, *images.shape[1:]), generator=generator)
+    clean = images[rows]
+    noise = torch.randn(clean.shape, generator=generator)
     low, high = times
     t = low + (high - low) * torch.rand(batch, generator=generator)
-    mixed = (1 - t)[:, None, None, None] * images[rows] + t[:, None, None, None] * noise
-    return mixed, 1000 * t, labels[rows], noise - images[rows]
+    mixed = (1 - t)[:, None, None, None] * clean + t[:, None, None, None] * noise
+    given = torch.cat([mixed, case.condition(clean, generator)], 1)
+    device = case.scale.device
+    return (
+        given.to(device),
+        1000 * t.to(device),
+        labels[rows].to(device),
+        (noise - clean).to(device),
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ from torch import Tensor
 
 import diffcr_compile as dcr
 from benchmarks.quality import merging, paper, reuse, tuned
-from benchmarks.quality.job import Job
-from benchmarks.quality.settings import ROUTED, Scale, config
-from diffcr_compile.calibrate.data import TeacherStates, roll_out
+from benchmarks.quality.case import Case
+from benchmarks.quality.settings import ROUTED, config
+from benchmarks.quality.states import teacher_states
 from diffcr_compile.program import DiTGraph
-from diffcr_compile.reference import demo
 from diffcr_compile.schedule import CostTable, TokenSchedule
 
-# (x (B, 1, 32, 32), timestep in (0, 1000], labels (B,)) -> velocity like x
+# (sample and condition (B, 1 + c, 32, 32), timestep in (0, 1000], labels (B,)) -> velocity (B, 1, 32, 32)
 Denoise = Callable[[Tensor, float, Tensor], Tensor]
 
 
@@ -54,40 +52,28 @@ def share_of(schedule: TokenSchedule, costs: CostTable, steps: int) -> float:
     return sum(macs) / len(macs) / costs.dense
 
 
-def build(job: Job, scale: Scale, work: Path, data: Path) -> Built:
+def build(case: Case) -> Built:
     """Calibrate, or set up, one variant."""
-    budget, seed = job.budget, job.seed
-    if job.variant in ROUTED:
-        return _routed(job, scale, teacher_states(scale, work))
-    makers: dict[str, Callable[[], Built]] = {
+    makers: dict[str, Callable[[Case], Built]] = {
         "dense": dense,
-        "dense, fewer steps": lambda: fewer_steps(budget),
-        "dense, fine-tuned": lambda: tuned.build(seed, scale, data),
-        "paper's recipe": lambda: paper.build(budget, seed, scale, data),
-        "tokens merged (2-D ToMe)": lambda: merging.build(budget, seed),
-        "steps reuse blocks": lambda: reuse.build(budget),
+        "dense, fewer steps": fewer_steps,
+        "dense, fine-tuned": tuned.build,
+        "paper's recipe": paper.build,
+        "tokens merged (2-D ToMe)": merging.build,
+        "steps reuse blocks": reuse.build,
     }
-    return makers[job.variant]()
+    return makers.get(case.job.variant, _routed)(case)
 
 
-def teacher_states(scale: Scale, work: Path) -> TeacherStates:
-    """One set of rollouts of the dense model for all variants and seeds."""
-    settings = config("ours", 0, scale)
-    routed = dcr.route(demo.load_reference_dit(), demo.example_inputs())
-    folder = work / f"rollouts_{settings.rollouts.trajectories}_{settings.rollouts.steps}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sampler = dcr.FlowEuler(settings.rollouts.steps)
-    return roll_out(routed.program, sampler, settings.rollouts, demo.draw_labels, 0, folder)
-
-
-def dense() -> Built:
+def dense(case: Case) -> Built:
     """The model as it is."""
-    return Built(plain(demo.load_reference_dit()))
+    return Built(plain(case.model()))
 
 
-def fewer_steps(budget: float) -> Built:
+def fewer_steps(case: Case) -> Built:
     """The dense model with as many steps as the budget pays for, rounded down."""
-    return dataclasses.replace(dense(), steps=lambda n: max(1, int(budget * n + 1e-9)))
+    budget = case.job.budget
+    return dataclasses.replace(dense(case), steps=lambda n: max(1, int(budget * n + 1e-9)))
 
 
 def plain(model: torch.nn.Module) -> Denoise:
@@ -95,7 +81,9 @@ def plain(model: torch.nn.Module) -> Denoise:
 
     def denoise(x: Tensor, timestep: float, labels: Tensor) -> Tensor:
         velocity: Tensor = model(
-            hidden_states=x, timestep=torch.full((len(x),), timestep), class_labels=labels
+            hidden_states=x,
+            timestep=torch.full((len(x),), timestep, device=x.device),
+            class_labels=labels,
         ).sample
         return velocity
 
@@ -110,11 +98,12 @@ def of_graphs(graphs: tuple[DiTGraph, ...]) -> Denoise:
     return lambda x, t, labels: calls[schedule.buckets.index_of(t)](x, t, labels)
 
 
-def _routed(job: Job, scale: Scale, states: TeacherStates) -> Built:
-    settings = config(job.variant, job.seed, scale)
-    model, example = demo.load_reference_dit(), demo.example_inputs()
-    routed = dcr.route(model, example, settings.routing, job.seed)
-    result = dcr.calibrate(routed, states, budget=job.budget, config=settings)
+def _routed(case: Case) -> Built:
+    job = case.job
+    assert job.variant in ROUTED, job.variant
+    settings = config(job.variant, job.seed, case.scale)
+    routed = case.routed(settings.routing)
+    result = dcr.calibrate(routed, teacher_states(case), budget=job.budget, config=settings)
     schedule, costs = result.schedule, result.costs
     tail = [record["loss"] for record in result.history[-20:]]
     return Built(
@@ -122,6 +111,6 @@ def _routed(job: Job, scale: Scale, states: TeacherStates) -> Built:
         lambda steps: share_of(schedule, costs, steps),
         facts={
             "schedule": {block: list(kept) for block, kept in schedule.kept_tokens.items()},
-            "final_distillation_loss": sum(tail) / len(tail) if tail else None,
+            "final_loss": sum(tail) / len(tail) if tail else None,
         },
     )

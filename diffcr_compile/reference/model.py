@@ -24,14 +24,19 @@ REFERENCE_CONFIG: dict[str, Any] = {
 }
 
 
-def new_reference_dit(sample_size: int = 32) -> DiTTransformer2DModel:
+def new_reference_dit(sample_size: int = 32, in_channels: int = 1) -> DiTTransformer2DModel:
     """A reference DiT with fresh weights, in training mode.
+
+    Args:
+        sample_size: pixels a side.
+        in_channels: more than 1 for a condition beside the noisy image; the output always has 1.
 
     Every block of this diffusers class owns a label embedder that drops labels on its own in
     training mode; that is switched off, so that all blocks of one forward see the same label.
     """
     settle_vector_math()  # its position table is computed here
-    model = DiTTransformer2DModel(**{**REFERENCE_CONFIG, "sample_size": sample_size})
+    changed = {"sample_size": sample_size, "in_channels": in_channels}
+    model = DiTTransformer2DModel(**{**REFERENCE_CONFIG, **changed})
     for block in model.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model

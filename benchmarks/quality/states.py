@@ -1,0 +1,66 @@
+"""What the routed variants are calibrated on: noisy training images, and what the dense model says of them.
+
+Part of the target is the true velocity (``LatentStates.true_share``), because the dense model trained on for as
+long sees true velocities too. Made once for all variants and seeds of a task.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import diffcr_compile as dcr
+from benchmarks.quality.case import Case
+from diffcr_compile.calibrate.data import TeacherStates
+from diffcr_compile.config import RoutingConfig
+from diffcr_compile.program import Stage
+from diffcr_compile.schedule import TimestepBuckets
+from diffcr_compile.stages import program_of
+
+BATCH = 250
+DATA_SEED = 7
+
+
+def teacher_states(case: Case) -> TeacherStates:
+    """As many states as a calibration draws, from its file if they were made before."""
+    count, share = case.scale.states, case.scale.true_share
+    path = case.work / f"states_{case.job.task}_{count}_{share}.safetensors"
+    if not path.exists():
+        made = _made(case, count)
+        tensors = {f"input.{name}": t.clone() for name, t in made.inputs.items()}
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file({**tensors, "target": made.target, "timesteps": made.timesteps}, temporary)
+        temporary.replace(path)
+    found = load_file(path)
+    inputs = {k.removeprefix("input."): t for k, t in found.items() if k.startswith("input.")}
+    return TeacherStates(inputs, found["target"], found["timesteps"])
+
+
+def _made(case: Case, count: int) -> TeacherStates:
+    program = program_of(case.routed(), Stage.ROUTED)
+    latents = dcr.LatentStates(
+        list(_items(case, count)),
+        FlowMatchEulerDiscreteScheduler(),
+        "flow",
+        joined=("condition",) if case.condition_channels else (),
+        per_latent=1,
+        batch=BATCH,
+        true_share=case.scale.true_share,
+    )
+    buckets = TimestepBuckets.even(RoutingConfig().buckets)
+    return latents.teacher_states(program, buckets, DATA_SEED)
+
+
+def _items(case: Case, count: int) -> Iterator[dict[str, Tensor]]:
+    images, labels = case.train_images()
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    rows = torch.randperm(len(images), generator=generator).repeat(-(-count // len(images)))
+    conditions = case.condition(images[rows[:count]], generator)
+    for row, condition in zip(rows[:count], conditions, strict=True):
+        item = {"latent": images[row], "class_labels": labels[row]}
+        yield {**item, "condition": condition} if case.condition_channels else item

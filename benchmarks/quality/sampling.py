@@ -13,7 +13,7 @@ from benchmarks.quality.variants import Built, timesteps
 from diffcr_compile.reference.demo import SAMPLE_SEED
 from diffcr_compile.reference.quality import psnr_db, score
 
-BATCH = 50
+BATCH = 250
 
 
 @torch.inference_mode()

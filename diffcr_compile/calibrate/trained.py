@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.calibrate.lora import MARKS
+from diffcr_compile.calibrate.muon import StackedMuon
 from diffcr_compile.config import CalibrationConfig
-from diffcr_compile.errors import AccuracyError, EnvironmentMissingError
+from diffcr_compile.errors import AccuracyError
 from diffcr_compile.program import DiTGraph, Program
 
 WARMUP_STEPS = 20
@@ -66,9 +67,12 @@ class TrainedParameters:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         decay = min(self.config.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                self.averages[name].lerp_(parameter, 1 - decay)
+        if self.parameters:
+            with torch.no_grad():  # all at once: one by one they are many launches on a GPU
+                own = list(self.parameters.values())
+                torch._foreach_lerp_(
+                    [self.averages[n] for n in self.parameters], own, 1 - decay
+                )
 
     def _check_finite(self, step: int, norm: Tensor) -> None:
         if bool(norm.isfinite()):
@@ -205,19 +209,9 @@ def make_optimizers(
     if filled:
         made.append(torch.optim.AdamW(filled, betas=BETAS, weight_decay=0.0))
     if matrices:
-        made.append(_muon(_group(list(matrices.values()), config.lr_weights)))
+        made.append(StackedMuon([_group(list(matrices.values()), config.lr_weights)]))
     return made
 
 
 def _group(parameters: list[nn.Parameter], rate: float) -> dict[str, Any]:
     return {"params": parameters, "lr": rate, "base_lr": rate}
-
-
-def _muon(group: dict[str, Any]) -> torch.optim.Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise EnvironmentMissingError(
-            f"calibration.optimizer is muon, which torch {torch.__version__} does not have; it came "
-            "with torch 2.9. Install a newer one, or set calibration.optimizer to adamw."
-        )
-    # Steps as large as AdamW's, so that one learning rate serves both.
-    return torch.optim.Muon([group], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

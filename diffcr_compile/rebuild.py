@@ -20,6 +20,7 @@ from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import ArtifactError, DiffCRError, UsageError, plain_text
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import compare
+from diffcr_compile.full_float32 import full_float32
 from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
@@ -149,6 +150,7 @@ def _golden_inputs(
     return found
 
 
+@full_float32()  # as the golden outputs were computed
 @torch.no_grad()
 def _check_golden(
     folder: Path, manifest: Manifest, bucket: int, program: Program, device: torch.device

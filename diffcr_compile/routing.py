@@ -125,7 +125,7 @@ class TokenSelector(nn.Module):
         boundary = (
             torch.arange(self.kept_tokens, device=index.device) >= self.low_tokens
         )  # (K,)
-        weight = torch.where(boundary, self.blend, 1.0)  # (K,)
+        weight = torch.where(boundary, self.blend.to(index.device), 1.0)  # (K,)
         gate = weight.expand(index.shape) - 1 if gate is None else (1 + gate) * weight - 1
         return Selection(index, gate)
 
@@ -256,7 +256,7 @@ def blend_bins(low: Tensor, high: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return high
-    return torch.lerp(low, high, weight.to(high.dtype))
+    return torch.lerp(low, high, weight.to(high))
 
 
 def _rows(index: Tensor) -> Tensor:

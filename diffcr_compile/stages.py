@@ -239,7 +239,7 @@ def sampling_states(
     state = example[sample]
     if sampler is not None:
         noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed))
-        state = sampler.start(noise.to(state.dtype))
+        state = sampler.start(noise.to(state))
     found = []
     for step, timestep in enumerate(timesteps):
         time = example[name]

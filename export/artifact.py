@@ -42,6 +42,7 @@ from diffcr_compile.export.onnx_model import (
 from diffcr_compile.export.precision import HalfSettings, half_graphs
 from diffcr_compile.export.profiles_graph import tensorrt_topk
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_shared_weights
+from diffcr_compile.full_float32 import full_float32
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
     PARTIAL_SUFFIX,
@@ -62,6 +63,7 @@ MAX_MESSAGE_BYTES = (1 << 31) - 1
 _STAGING = f".export{PARTIAL_SUFFIX}"
 
 
+@full_float32()  # answers of FROZEN on CUDA are what every executor is held to
 def export_artifact(
     frozen: Sequence[Program],
     folder: Path,

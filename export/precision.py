@@ -77,8 +77,10 @@ class HalfGraphs:
 
     def wide_outputs(self, bucket: int, inputs: Mapping[str, Any]) -> list[Tensor]:
         """What the ONNX graph of a bucket gives when every float16 in it is taken as float32."""
-        tensors = {name: torch.as_tensor(inputs[name]) for name in self.inputs}
-        return WideRun(self.made[bucket]).outputs(tensors)
+        made = self.made[bucket]
+        device = next((t.device for t in made.state_dict.values()), None)
+        tensors = {name: torch.as_tensor(inputs[name], device=device) for name in self.inputs}
+        return WideRun(made).outputs(tensors)
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""

@@ -57,6 +57,7 @@ class InsertTokenRouters(Pass):
         if not program.blocks:
             return PassResult(program, 0)
         graph = program.copy_graph()
+        device = next(iter(program.example.values())).device
         selectors: dict[str, nn.Module] = {}
         routed = []
         for number, spec in enumerate(program.blocks):
@@ -64,7 +65,7 @@ class InsertTokenRouters(Pass):
             image = output_node(block, spec.output)
             if image is None:  # nobody reads its image stream, so there is nothing to put back
                 continue
-            selectors[selector_name(spec.name)] = self._selector(spec, number)
+            selectors[selector_name(spec.name)] = self._selector(spec, number, device)
             _route(graph, block, image, spec)
             routed.append(spec)
         result = program.with_graph(
@@ -77,14 +78,15 @@ class InsertTokenRouters(Pass):
         if missing:
             raise PostconditionError(f"{self.name}: no router was inserted for {missing}")
 
-    def _selector(self, spec: BlockSpec, number: int) -> TokenSelector:
+    def _selector(self, spec: BlockSpec, number: int, device: torch.device) -> TokenSelector:
         router: nn.Module = (
             RandomRouter() if self.router == "random" else TokenRouter(spec.width)
         )
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         for parameter in router.parameters():
             std = spec.width**-0.5
-            parameter.data = std * torch.randn(parameter.shape, generator=generator)
+            drawn = std * torch.randn(parameter.shape, generator=generator)
+            parameter.data = drawn.to(device)
         return TokenSelector(
             router,
             spec.num_tokens,

@@ -57,6 +57,11 @@ class TeacherStates:
         }
         return rows, self.target[chosen].to(self.device)
 
+    def where(self, program: Program) -> TeacherStates:
+        """The same, with batches on the device of a program."""
+        device = next(iter(program.example.values())).device
+        return dataclasses.replace(self, device=device)
+
     def by_bucket(self, buckets: TimestepBuckets) -> list[Tensor]:
         """Indices of the states of each bucket.
 
@@ -237,12 +242,10 @@ def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> T
         )
     collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
     targets = []
-    device = program.example[program.timestep_input].device
     for number, batch in enumerate(batches):
         tensors = {name: batch[name] for name in program.example if name in batch}
         _check_batch(program, tensors, number)
-        there = {name: tensor.to(device) for name, tensor in tensors.items()}
-        targets.append(run_flat(program, there)[0].cpu())
+        targets.append(_answer(program, tensors))
         for name, tensor in tensors.items():
             collected[name].append(tensor.cpu())
     if not targets:
@@ -253,6 +256,13 @@ def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> T
     inputs = {n: torch.cat(t) if n in batched else t[0] for n, t in collected.items()}
     timesteps = inputs[program.timestep_input].float().flatten()
     return TeacherStates(inputs, torch.cat(targets), timesteps)
+
+
+def _answer(program: Program, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The dense model's first output, where the data lie: they may be on another device than the model."""
+    moved = {name: t.to(program.example[name].device) for name, t in tensors.items()}
+    sample = max(tensors.values(), key=lambda t: t.ndim)
+    return run_flat(program, moved)[0].to(sample.device)
 
 
 def _check_batch(program: Program, tensors: Mapping[str, Tensor], number: int) -> None:

@@ -130,7 +130,7 @@ class LatentStates:
             for _ in range(self.per_latent):
                 choice = choices[number % len(choices)]
                 at = int(torch.randint(len(choice), (), generator=generator))
-                noise = torch.randn(latent.shape, generator=generator)
+                noise = torch.randn(latent.shape, generator=generator).to(latent.device)
                 noisy = self._noisy(latent[None], noise[None], choice[at : at + 1])[0]
                 if self.true_share:
                     truths.append(self._truth(latent, noise, choice[at : at + 1]))
@@ -145,7 +145,7 @@ class LatentStates:
         sample, time = program.sample_input, program.timestep_input
         assert sample is not None
         assert time is not None
-        channels = [noisy, *(item[name].float() for name in self.joined)]
+        channels = [noisy, *(item[name].to(noisy) for name in self.joined)]
         example = program.example[time]
         given = {n: v for n, v in item.items() if n != LATENT and n not in self.joined}
         return {

@@ -224,6 +224,7 @@ def compare_budgets(
             code="DCR-U063",
         )
     batch, seed = config.calibration.batch, config.calibration.seed
+    states = states.where(program)
     seen, unseen = split_states(states.by_bucket(buckets), batch, seed)
     warm = torch.cat([rows[: max(1, WARM_START_STATES // len(seen))] for rows in seen])
     warm_start_routers(program, states, warm, batch)

@@ -85,10 +85,9 @@ class InsertTokenRouters(Pass):
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         for parameter in router.parameters():
             std = spec.width**-0.5
-            drawn = std * torch.randn(parameter.shape, generator=generator)
-            parameter.data = drawn.to(device)
+            parameter.data = std * torch.randn(parameter.shape, generator=generator)
         return TokenSelector(
-            router,
+            router.to(device),
             spec.num_tokens,
             spec.stream.start,
             shares_index=spec.shares_index,

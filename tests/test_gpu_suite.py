@@ -34,6 +34,12 @@ class Answers:
         return self.answers.pop(0)
 
 
+@pytest.fixture(scope="module")
+def working(tmp_path_factory: pytest.TempPathFactory) -> worker.Worker:
+    """One for several tests: it keeps its model."""
+    return worker.Worker("cpu", tmp_path_factory.mktemp("worker"), 0.1)
+
+
 def record_in(path: Path) -> Record:
     return Record(path, {"name": "cpu"}, {"torch": "1"}, settings(1.0))
 
@@ -64,7 +70,7 @@ def test_the_smoke_run_measures_and_notes_what_is_not_there(tmp_path: Path) -> N
 
 
 def test_a_wrong_answer_is_a_mismatch_and_fails_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    working: worker.Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = torch_engines.make
 
@@ -77,7 +83,7 @@ def test_a_wrong_answer_is_a_mismatch_and_fails_the_run(
         return engine
 
     monkeypatch.setattr(torch_engines, "make", planted)
-    answer = worker.Worker("cpu", tmp_path, 0.1).answer(CASE)
+    answer = working.answer(CASE)
     assert answer["status"] == "mismatch"
     failed = [row["step"] for row in answer["parity"] if not row["passed"]]
     assert failed == [
@@ -93,13 +99,13 @@ def test_a_wrong_answer_is_a_mismatch_and_fails_the_run(
 
 
 def test_an_exception_of_an_executor_is_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    working: worker.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Engine:
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(torch_engines, "make", broken)
-    answer = worker.Worker("cpu", tmp_path, 0.1).answer(CASE)
+    answer = working.answer(CASE)
     assert answer["status"] == "error"
     assert "no kernel image is available" in answer["reason"]
 

@@ -30,6 +30,7 @@ CAPTURED_BATCH = 2
 # Quarters of the tokens are this far apart in channel 0; blocks move a channel by far less.
 SPACING = 4.0
 QUARTERS = 4
+FEW_TOKENS = 64
 HEAD_WIDTH = {1152: 72, 384: 64, 32: 16}  # DiT-XL, DiT-S, and one for the smoke test
 DEPTH = {1152: 6, 384: 8, 32: 2}
 
@@ -77,9 +78,18 @@ def make_routed(tokens: int, width: int, device: str) -> Routed:
     wide = _new_model(tokens, width).half().float().to(device)  # weights that both can hold
     half = copy.deepcopy(wide).half()
     inputs = example_inputs(tokens, device)
-    findings = find_blocks(wide, (), inputs, granularity="block")
+    findings = _findings(width, device)
+    blocks = tuple(dataclasses.replace(b, num_tokens=tokens) for b in findings.blocks)
+    findings = dataclasses.replace(findings, blocks=blocks)
     narrow = {n: t.half() if t.is_floating_point() else t for n, t in inputs.items()}
     return Routed(half, _routed(wide, inputs, findings), _routed(half, narrow, findings))
+
+
+@functools.cache
+def _findings(width: int, device: str) -> Findings:
+    """Which blocks may be routed, found at few tokens: it does not hang on their number, and costs memory."""
+    model = _new_model(FEW_TOKENS, width).to(device)
+    return find_blocks(model, (), example_inputs(FEW_TOKENS, device), granularity="block")
 
 
 def example_inputs(tokens: int, device: str) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def _recorded(module: nn.Module, call: Mapping[str, Tensor]) -> Engine:
 def _compiled(
     module: nn.Module, call: Mapping[str, Tensor], on_cuda: bool, graphs: bool
 ) -> Engine:
-    backend = "inductor" if on_cuda else "aot_eager"
+    backend = "inductor" if on_cuda else "eager"  # a CPU may have no compiler
     mode = "reduce-overhead" if graphs else None
     compiled = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, mode=mode)
     before = torch.compiler.cudagraph_mark_step_begin if graphs else lambda: None

@@ -34,6 +34,7 @@ class Worker:
     def __init__(self, device: str, folder: Path, seconds: float) -> None:
         self._device, self._folder, self._seconds = device, folder, seconds
         self._routed: dict[tuple[int, int], Routed] = {}
+        self._shares: dict[tuple[int, int, float], float] = {}
 
     def answer(self, case: Case) -> dict[str, Any]:
         """What the record says of a case; no exception of an executor gets out."""
@@ -65,7 +66,7 @@ class Worker:
         ready = time.perf_counter()
         runs = {name: engine.run for name, engine in engines.items()}
         latency = measure.latency(runs, self._seconds)
-        share = routed.macs_share(case.keep_ratio)
+        share = self._macs_share(case, routed)
         return {
             **self._parity(engines, of),
             "latency": latency,
@@ -87,6 +88,12 @@ class Worker:
                 torch.cuda.empty_cache()
             self._routed[key] = make_routed(*key, self._device)
         return self._routed[key].for_batch(case.batch)
+
+    def _macs_share(self, case: Case, routed: Routed) -> float:
+        key = case.tokens, case.width, case.keep_ratio
+        if key not in self._shares:
+            self._shares[key] = routed.macs_share(case.keep_ratio)
+        return self._shares[key]
 
     def _engine(self, case: Case, routed: Routed, ratio: float) -> Engine:
         if case.family == "torch":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -51,11 +52,9 @@ class Workers:
         answer = self._folder / f"answer_{self._asked}.json"
         asked = {"case": dataclasses.asdict(case), "answer": str(answer)}
         assert process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it is gone; said below
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
-        except OSError:  # it is gone; said below
-            pass
         end = time.monotonic() + most_seconds
         while not answer.exists():
             if process.poll() is not None:
@@ -73,7 +72,7 @@ class Workers:
             self._stop(family)
 
     def _crashed(self, family: str, code: int) -> dict[str, Any]:
-        del self._processes[family]
+        _close(self._processes.pop(family))
         lines = self._log(family).read_text(encoding="utf-8", errors="replace").splitlines()
         said = "\n".join(lines[-SHOWN_LINES:])
         return {"status": "error", "reason": f"the process ended with code {code}: {said}"}
@@ -82,6 +81,14 @@ class Workers:
         process = self._processes.pop(family)
         process.kill()
         process.wait(END_SECONDS)
+        _close(process)
 
     def _log(self, family: str) -> Path:
         return self._folder / f"{family}.log"
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    """Close the pipe of a process that is gone."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ class Run:
         search: RatioSearch,
         ranks: Ranks,
     ) -> None:
-        device = next(iter(program.example.values())).device
-        self.states = dataclasses.replace(states, device=device)
+        self.states = states.where(program)
         self.program, self.by_bucket = program, by_bucket
         self.config, self.search, self.ranks = config, search, ranks
         self.block_outputs = BlockOutputs(program, dense) if dense else None

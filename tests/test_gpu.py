@@ -31,8 +31,8 @@ pytestmark = [
 ]
 # The same float32 products in other kernels: the order of sums. A wrong token is off by 0.1 and more.
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-# Products in float16, rounded on different devices: a hundredth of what a wrong token would do.
-HALF = {"rtol": 1e-2, "atol": 1e-2}
+# Relative L2 of float16: rounding is below 5e-3; the rest is for a token or two of equal score that swap.
+HALF = 0.03
 CALIBRATION: dict[str, Any] = {
     "routing": {"buckets": 2, "multiple_of": 8},
     "rollouts": {"trajectories": 8, "steps": 4, "batch": 4},
@@ -231,7 +231,6 @@ def test_an_artifact_of_a_cuda_model(tmp_path: Path, precision: Any) -> None:
     frozen = two_buckets(dcr.route(model, inputs))
     states = sampling_states([g.program for g in frozen], (900.0, 100.0), None, 0)
     artifact = dcr.export(frozen, tmp_path / "out", precision=precision, states=states)
-    tolerance = HALF if precision == "fp16" else CLOSE
     runners = [artifact.load(provider="cuda"), artifact.load()]
     for value, graph in ((100.0, frozen[0]), (900.0, frozen[1])):
         call = at_timestep(inputs, value)
@@ -239,7 +238,10 @@ def test_an_artifact_of_a_cuda_model(tmp_path: Path, precision: Any) -> None:
             (expected,) = flat(graph(**call))
         arrays = {name: tensor.cpu().numpy() for name, tensor in call.items()}
         for runner in runners:
-            np.testing.assert_allclose(runner(**arrays), expected.cpu().numpy(), **tolerance)
+            found, wanted = runner(**arrays), expected.cpu().numpy()
+            if precision == "fp32":
+                np.testing.assert_allclose(found, wanted, **CLOSE)
+            assert np.linalg.norm(found - wanted) < HALF * np.linalg.norm(wanted)
     again = dcr.DiffusersTransformer.from_artifact(
         tmp_path / "out", backend="torch", model=model
     )
@@ -350,6 +352,7 @@ def test_memory_goes_to_the_device_and_back(cuda: Any) -> None:
 def test_recorded_work_runs_at_every_launch(cuda: Any) -> None:
     stream = cuda.make_cuda_stream()
     counter = torch.zeros(4, device="cuda")
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
         counter.add_(1)  # the kernel is loaded before it is recorded
         cuda.synchronize(stream)

@@ -30,7 +30,6 @@ from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
 from benchmarks.quality.pool import run_all
 from benchmarks.quality.settings import SMOKE, Scale, config
-from benchmarks.quality.states import teacher_states
 from benchmarks.quality.table import ahead_of, knee, summarise
 from benchmarks.reference import fashion_mnist
 from diffcr_compile.reference.quality import METRIC, load_real_statistics
@@ -52,7 +51,8 @@ def conditions(scale: Scale) -> dict[str, Any]:
 
 def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None:
     """The table of all runs that are there."""
-    done = [job for job in jobs(scale) if (work / f"{job.name}.json").exists()]
+    every_job = [job for group in jobs(scale) for job in group]
+    done = [job for job in every_job if (work / f"{job.name}.json").exists()]
     runs = [json.loads((work / f"{job.name}.json").read_text()) for job in done]
     every = summarise(runs)
     rows = [row for row in every if row["task"] == "generation"]
@@ -70,7 +70,7 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     report = {
         "metric": METRIC,
         "conditions": conditions(scale),
-        "missing": [dataclasses.asdict(job) for job in jobs(scale) if job not in done],
+        "missing": [dataclasses.asdict(job) for job in every_job if job not in done],
         "summary": every,
         "ours_against": {str(b): ahead_of(rows, b, scale.few) for b in with_ours},
         "knee": knee(rows, scale.budgets[0]),
@@ -132,11 +132,9 @@ def main() -> None:
         target, pictures = args.work / "quality.json", args.work
     args.work.mkdir(parents=True, exist_ok=True)
     take_up(target, scale, args.work)
-    cases = [Case(job, scale, args.work, args.data) for job in jobs(scale)]
+    groups = [[Case(j, scale, args.work, args.data) for j in group] for group in jobs(scale)]
     if not args.report:
-        for case in {case.job.task: case for case in cases}.values():
-            teacher_states(case)
-        run_all(cases, args.processes, deadline)
+        run_all(groups, args.processes, deadline)
     write_report(scale, args.work, target, pictures)
 
 

@@ -10,18 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import diffcr_compile as dcr
 from benchmarks.quality.job import Job
-from benchmarks.quality.settings import Scale
+from benchmarks.quality.settings import ROUTED, Scale
 from benchmarks.reference import fashion_mnist, inpainting
+from benchmarks.reference.train_features import balanced_order
 from diffcr_compile.config import RoutingConfig
-from diffcr_compile.program import DiTGraph
+from diffcr_compile.program import DiTGraph, Program
 from diffcr_compile.reference import demo
+from diffcr_compile.reference.quality import load_real_statistics
+from diffcr_compile.stages import captured, routed_program
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "generation": demo.load_reference_dit,
     "inpainting": inpainting.load_inpainting_dit,
 }
+CONDITION_CHANNELS = {"generation": 0, "inpainting": inpainting.CONDITION_CHANNELS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +47,15 @@ class Case:
         """The dense model, a fresh one."""
         return MODELS[self.job.task]().to(self.scale.device)
 
-    def example(self) -> dict[str, Tensor]:
-        inputs = demo.example_inputs()
-        sample = inputs["hidden_states"]
-        extra = torch.zeros(len(sample), self.condition_channels, *sample.shape[2:])
-        inputs["hidden_states"] = torch.cat([sample, extra], 1)
-        return {name: tensor.to(self.scale.device) for name, tensor in inputs.items()}
-
     def routed(self, config: RoutingConfig | None = None) -> DiTGraph:
-        return dcr.route(self.model(), self.example(), config, self.job.seed)
+        """The routed model. It shares its weights with others of this process, so they must not be trained."""
+        dense = _captured(self.job.task, self.scale.device)
+        return routed_program(dense, config or RoutingConfig(), self.job.seed).module
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether it is calibrated on the states of the task."""
+        return self.job.variant in ROUTED
 
     @property
     def done(self) -> bool:
@@ -61,7 +64,7 @@ class Case:
     @property
     def condition_channels(self) -> int:
         """Input channels beside the noisy image."""
-        return inpainting.CONDITION_CHANNELS if self.job.task == "inpainting" else 0
+        return CONDITION_CHANNELS[self.job.task]
 
     def train_images(self) -> tuple[Tensor, Tensor]:
         """Images (N, 1, 32, 32) in [-1, 1] and labels (N,)."""
@@ -74,17 +77,20 @@ class Case:
         return inpainting.condition(images, inpainting.holes(len(images), generator))
 
     def asked_for(self, count: int) -> tuple[Tensor, Tensor]:
-        """Labels (count,), classes in turn, and conditions of `count` samples; the holes are in held-out images."""
+        """Labels (count,), classes in turn, and conditions of `count` samples.
+
+        The holes are in held-out images that the metric does not compare with.
+        """
         labels = torch.arange(count) % demo.NUM_CLASSES
         if not self.condition_channels:
             return labels, torch.zeros(count, 0, 32, 32)
+        statistics = load_real_statistics()
         images, found = _images(self.data, "test")
-        of_class = [images[found == label] for label in range(demo.NUM_CLASSES)]
-        rows = [
-            of_class[label][n // demo.NUM_CLASSES] for n, label in enumerate(labels.tolist())
-        ]
+        drawn = torch.Generator().manual_seed(int(statistics.info["seed"]))
+        unseen = balanced_order(found, drawn)[len(statistics.labels) :][:count]
+        assert torch.equal(found[unseen], labels)
         generator = torch.Generator().manual_seed(demo.SAMPLE_SEED + self.job.seed)
-        return labels, self.condition(torch.stack(rows), generator)
+        return labels, self.condition(images[unseen], generator)
 
     def finished(self, images: Tensor, condition: Tensor) -> Tensor:
         """Samples as they are scored."""
@@ -94,3 +100,15 @@ class Case:
 @functools.cache
 def _images(data: Path, split: fashion_mnist.Split) -> tuple[Tensor, Tensor]:
     return fashion_mnist.load(data, split)
+
+
+@functools.cache
+def _captured(task: str, device: str) -> Program:
+    """The dense model of a task, captured once in a process."""
+    model = MODELS[task]().to(device)
+    inputs = demo.example_inputs()
+    sample = inputs["hidden_states"]
+    extra = torch.zeros(len(sample), CONDITION_CHANNELS[task], *sample.shape[2:])
+    inputs["hidden_states"] = torch.cat([sample, extra], 1)
+    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return captured(model, on_device, RoutingConfig(), model)

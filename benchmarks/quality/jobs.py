@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from benchmarks.quality.settings import Scale
 from benchmarks.quality.variants import build
 
 SHEET = 40  # images that are kept for the sample sheets
-# At a budget, in the order of the table.
+# At every budget, in the order of the table.
 AT_A_BUDGET = (
     "ours",
     "uniform (Mixture-of-Depths)",
@@ -27,53 +28,43 @@ AT_A_BUDGET = (
     "tokens merged (2-D ToMe)",
     "steps reuse blocks",
     "dense, fewer steps",
-    "ours, a fifth of the steps",
     "training-free",
-    "ours, two bins",
 )
+# At the first budget only: what training costs, and the paper's estimator.
+FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
+DENSE = ("dense", "dense, fine-tuned")
 # With many steps, where leaving steps out is cheap.
-MANY = ("ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
+MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
 
 
-def jobs(scale: Scale) -> list[Job]:
-    """All of them, the most telling first: an interrupted comparison then has a table worth reading."""
-    first, second, *rest = (*scale.budgets, None)
-    one, *others = scale.seeds
-    order = [Job("dense", 1.0, one, scale.few), Job("dense, fine-tuned", 1.0, one, scale.few)]
-    order += at_a_budget(first, one, scale.few)
-    if second:
-        order += at_a_budget(second, one, scale.few)
-    for seed in others:
-        order.append(Job("dense", 1.0, seed, scale.few))
-        order.append(Job("dense, fine-tuned", 1.0, seed, scale.few))
-        order += at_a_budget(first, seed, scale.few)
-    if second:
-        for seed in others:
-            order += at_a_budget(second, seed, scale.few)
-    order += inpainting(scale)
-    order.append(Job("dense", 1.0, one, scale.many))
-    order += [Job(name, first, one, scale.many) for name in MANY]
-    order += [Job("dense", 1.0, one, steps) for steps in scale.dense_steps]
-    remaining = [
-        (budget, seed) for budget in (second, *rest) if budget for seed in scale.seeds
+def jobs(scale: Scale) -> list[list[Job]]:
+    """All of them in groups, the most telling first: an interrupted comparison then has a table worth reading."""
+    first, *rest = scale.budgets
+    one, few = scale.seeds[0], scale.few
+    main = [
+        *with_all_seeds(DENSE, 1.0, scale),
+        *with_all_seeds((*AT_A_BUDGET, FIFTH), first, scale),
     ]
-    for budget, seed in remaining:
-        order += at_a_budget(budget, seed, scale.few)
-    order += at_a_budget(first, one, scale.fewest)
-    return list(dict.fromkeys(order))
+    lowest = with_all_seeds(AT_A_BUDGET, rest[0], scale) if rest else []
+    groups = [
+        [*main, *lowest],
+        [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],
+        [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
+        [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
+        [job for budget in rest[1:] for job in with_all_seeds(AT_A_BUDGET, budget, scale)],
+    ]
+    seen: set[Job] = set()
+    return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
 
 
-def at_a_budget(budget: float, seed: int, steps: int, task: str = "generation") -> list[Job]:
-    return [Job(name, budget, seed, steps, task) for name in AT_A_BUDGET]
+def with_all_seeds(variants: Sequence[str], budget: float, scale: Scale) -> list[Job]:
+    return [Job(name, budget, seed, scale.few) for seed in scale.seeds for name in variants]
 
 
 def inpainting(scale: Scale) -> list[Job]:
-    """The second task, with one seed."""
-    seed, task = scale.seeds[0], "inpainting"
-    order = [Job(name, 1.0, seed, scale.few, task) for name in ("dense", "dense, fine-tuned")]
-    for budget in scale.budgets[:2]:
-        order += at_a_budget(budget, seed, scale.few, task)
-    return order
+    """The second task: the first budget, one seed."""
+    at = [(name, 1.0) for name in DENSE] + [(name, scale.budgets[0]) for name in AT_A_BUDGET]
+    return [Job(name, budget, scale.seeds[0], scale.few, "inpainting") for name, budget in at]
 
 
 def run(case: Case) -> dict[str, Any]:

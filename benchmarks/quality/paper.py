@@ -22,6 +22,7 @@ import diffcr_compile as dcr
 from benchmarks.quality.case import Case
 from benchmarks.quality.tuned import Trainer, autocast, flow_batch
 from diffcr_compile.budgets import cost_table
+from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
@@ -65,6 +66,7 @@ class Recipe:
         self.budget = case.job.budget
         config = RoutingConfig(gate="paper")
         self.routed = case.routed(config)
+        own_weights(self.routed)
         self.program: Program = self.routed.program
         self.blended = run_passes(self.program, [BlendTwoBins()])
         self.costs = cost_table(self.program, config)

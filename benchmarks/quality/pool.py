@@ -12,23 +12,35 @@ import torch
 
 from benchmarks.quality.case import Case
 from benchmarks.quality.jobs import run
+from benchmarks.quality.states import make_states
 
 
-def run_all(cases: Sequence[Case], processes: int, deadline: float) -> None:
-    """Run those that are not done. The dense models come first, the others are compared with their images.
+def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -> None:
+    """Run those that are not done, group by group.
+
+    The dense models come first, as the others are compared with their images. In a group what needs no states to
+    be calibrated on comes first, so that there is something to do while they are made.
 
     Args:
-        cases: in their order.
+        groups: cases in their order.
         processes: side by side.
         deadline: of ``time.monotonic``; no run is begun after it.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, _one_thread) as pool:
-        for dense in (True, False):
-            waiting = [c for c in cases if (c.job.variant == "dense") == dense and not c.done]
-            futures = [pool.submit(_run, case, deadline) for case in waiting]
-            for future in concurrent.futures.as_completed(futures):
-                print(future.result(), flush=True)
+        waiting = [case for group in groups for case in group if not case.done]
+        dense = [case for case in waiting if case.job.variant == "dense"]
+        tasks = {case.job.task: case for case in waiting if case.needs_states}
+        futures = [pool.submit(_run, case, deadline) for case in dense]
+        states = [pool.submit(make_states, case) for case in tasks.values()]
+        for group in groups:
+            for needing in (False, True):
+                chosen = [c for c in group if c in waiting and c.needs_states == needing]
+                if needing:
+                    concurrent.futures.wait(states)
+                futures += [pool.submit(_run, c, deadline) for c in chosen if c not in dense]
+        for future in concurrent.futures.as_completed(futures):
+            print(future.result(), flush=True)
 
 
 def _one_thread() -> None:

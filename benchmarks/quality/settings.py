@@ -13,16 +13,14 @@ SAMPLES = 2000
 # Sampling steps of the regimes. Multiples of the number of timestep buckets, so that every bucket holds
 # equally many steps and a schedule costs in the loop what the solver says.
 FEW_STEPS, MANY_STEPS = 8, 20
-# So few that what the steps leave out outweighs what a compression does.
-FEWEST_STEPS = 4
 # Steps of the dense model alone, to find out from where on it can simply leave steps out.
 DENSE_STEPS = (4, 5, 6, 12)
 
 OURS: dict[str, dict[str, Any]] = {
     "routing": {"skip_blocks": True},
     "calibration": {
-        "steps": 240,
-        "batch": 24,
+        "steps": 640,
+        "batch": 64,
         "precision": "bf16",
         "optimizer": "muon",
         "lr_weights": 1.2e-3,
@@ -57,7 +55,6 @@ class Scale:
     budgets: tuple[float, ...] = BUDGETS
     few: int = FEW_STEPS
     many: int = MANY_STEPS
-    fewest: int = FEWEST_STEPS
     dense_steps: tuple[int, ...] = DENSE_STEPS
     calibration_steps: int = OURS["calibration"]["steps"]
     batch: int = OURS["calibration"]["batch"]
@@ -77,7 +74,6 @@ SMOKE = Scale(
     budgets=(0.6,),
     few=4,
     many=4,
-    fewest=4,
     dense_steps=(2, 4),
     calibration_steps=4,
     batch=4,

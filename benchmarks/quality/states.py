@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -26,8 +27,8 @@ BATCH = 250
 DATA_SEED = 7
 
 
-def teacher_states(case: Case) -> TeacherStates:
-    """As many states as a calibration draws, from its file if they were made before."""
+def make_states(case: Case) -> Path:
+    """Make the states of a task, as many as a calibration draws, if their file is not there."""
     count, share = case.scale.states, case.scale.true_share
     path = case.work / f"states_{case.job.task}_{count}_{share}.safetensors"
     if not path.exists():
@@ -36,7 +37,12 @@ def teacher_states(case: Case) -> TeacherStates:
         temporary = path.with_suffix(f".{os.getpid()}")
         save_file({**tensors, "target": made.target, "timesteps": made.timesteps}, temporary)
         temporary.replace(path)
-    found = load_file(path)
+    return path
+
+
+def teacher_states(case: Case) -> TeacherStates:
+    """What a calibration trains on."""
+    found = load_file(make_states(case))
     inputs = {k.removeprefix("input."): t for k, t in found.items() if k.startswith("input.")}
     return TeacherStates(inputs, found["target"], found["timesteps"])
 

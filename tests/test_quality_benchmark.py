@@ -16,6 +16,7 @@ from benchmarks.quality.jobs import jobs
 from benchmarks.quality.reuse import StepReuse
 from benchmarks.quality.settings import SMOKE, Scale
 from benchmarks.quality.table import ahead_of, knee, summarise
+from benchmarks.reference import inpainting
 from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenRouter, TokenSelector
 
@@ -156,6 +157,54 @@ def test_the_papers_bins_bracket_the_ratio_and_blend_to_it() -> None:
         blended = weight * selector.kept_tokens + (1 - weight) * selector.low_tokens
         assert blended == pytest.approx(100 * ratio, abs=1e-3)
         assert selector.kept_tokens - selector.low_tokens == 10
+
+
+# ------------------------------------------------------------------------------------ inpainting
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_a_hole_is_one_rectangle_inside_the_picture(size: int) -> None:
+    scale = 32 // size
+    masks = inpainting.holes(200, generator(), size)
+    assert masks.shape == (200, 1, size, size)
+    for mask in masks[:, 0]:
+        rows, columns = mask.amax(1).nonzero().flatten(), mask.amax(0).nonzero().flatten()
+        assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].min() == 1
+        assert mask.sum() == len(rows) * len(columns)
+        for side in (rows, columns):
+            assert scale * len(side) + scale - 1 >= inpainting.SMALLEST
+            assert scale * (len(side) - 1) < inpainting.LARGEST
+            assert scale * side[0] >= inpainting.BORDER
+            assert scale * side[-1] < 32 - inpainting.BORDER
+
+
+def test_known_pixels_come_back_and_painted_ones_stay() -> None:
+    images, painted = torch.rand(3, 1, 32, 32), torch.rand(3, 1, 32, 32)
+    masks = inpainting.holes(3, generator())
+    known = inpainting.condition(images, masks)
+    assert known[:, 1:][masks == 1].abs().max() == 0
+    found = inpainting.pasted(painted, known)
+    assert torch.equal(found[masks == 0], images[masks == 0])
+    assert torch.equal(found[masks == 1], painted[masks == 1])
+
+
+def test_the_inpainting_model_uses_the_known_pixels() -> None:
+    """Its first guess from pure noise is nearer to a stripe pattern that it is shown than to its negative."""
+    model = inpainting.load_inpainting_dit()
+    stripes = torch.ones(1, 1, 32, 32)
+    stripes[..., ::8, :] = -1
+    noise = torch.randn(1, 1, 32, 32, generator=generator())
+    masks = inpainting.holes(1, generator())
+    errors = []
+    for picture in (stripes, -stripes):
+        given = torch.cat([noise, inpainting.condition(picture, masks)], 1)
+        with torch.no_grad():
+            velocity = model(
+                given, timestep=torch.tensor([1000.0]), class_labels=torch.tensor([3])
+            ).sample
+        shown = (noise - velocity)[masks == 0]
+        errors.append((shown - picture[masks == 0]).square().mean())
+    assert max(errors) < 0.2  # of 4 between the two pictures
 
 
 # ------------------------------------------------------------------------------------- the table

@@ -24,6 +24,9 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.set_prop_cycle(
+        color=plt.get_cmap("tab20").colors
+    )  # more variants than the default has colours
     for variant in dict.fromkeys(row["variant"] for row in rows if row["steps"] == steps):
         mine = [r for r in rows if r["variant"] == variant and r["steps"] == steps]
         mine.sort(key=lambda row: row["macs"]["mean"])

@@ -10,6 +10,9 @@ from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageE
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# On CUDA ONNX Runtime rounds the operands of float32 products to TF32 unless told not to. What a graph
+# has in float32 is meant so: the golden outputs are, and a graph that should be faster has float16.
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
 def check_provider(provider: str) -> str:
@@ -59,7 +62,7 @@ def make_session(path: Path, provider: str = "cpu", threads: int | None = None) 
     # Every session has threads of its own, which spin for a while after a run. With a session per
     # timestep bucket those of the last bucket would take the cores from the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    wanted = list(dict.fromkeys([name, _PROVIDERS["cpu"]]))
+    wanted = [(n, _OPTIONS.get(n, {})) for n in dict.fromkeys([name, _PROVIDERS["cpu"]])]
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=wanted)
     except Exception as error:

@@ -51,7 +51,7 @@ class StackedMuon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)  # Nesterov
         for stack in stacks(parameters):
             directions = orthogonal(torch.stack([ahead[i] for i in stack]))
-            chosen = [parameters[i] for i in stack]
+            chosen: list[Tensor] = [parameters[i] for i in stack]
             size = 0.2 * max(chosen[0].shape) ** 0.5  # of AdamW's steps (Liu et al. 2025)
             found = list(directions.to(chosen[0].dtype).unbind())
             torch._foreach_add_(chosen, found, alpha=-rate * size)

@@ -69,7 +69,7 @@ class TrainedParameters:
         decay = min(self.config.ema, (step + 1) / (step + 10))
         if self.parameters:
             with torch.no_grad():  # all at once: one by one they are many launches on a GPU
-                own = list(self.parameters.values())
+                own: list[Tensor] = list(self.parameters.values())
                 torch._foreach_lerp_(
                     [self.averages[n] for n in self.parameters], own, 1 - decay
                 )

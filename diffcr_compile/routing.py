@@ -236,7 +236,9 @@ def scatter_tokens(
     if index is None:
         return processed
     if other == 0:
-        return stream.index_put((_rows(index), index), processed)
+        # A patch embedding leaves its stream transposed in memory, and index_put keeps it so; a token's channels
+        # would then lie N apart for every gather to come.
+        return stream.contiguous().index_put((_rows(index), index), processed)
     end = start + index.shape[1]
     image = stream[:, start : start + num_tokens].index_put(
         (_rows(index), index), processed[:, start:end]

@@ -325,3 +325,16 @@ def test_the_router_scores_in_fp32() -> None:
     logits = router(models.randn(2, 6, 4).to(torch.bfloat16))
     assert logits.dtype == torch.float32
     assert logits.shape == (2, 6)
+
+
+def test_a_stream_that_lies_transposed_is_put_right_by_the_first_block() -> None:
+    """Values as with a stream in order; channels of a token side by side from then on."""
+    stream = torch.randn(2, 6, 10).transpose(1, 2)  # (B, N, C) in the memory of (B, C, N)
+    index = torch.tensor([[4, 0, 7], [1, 9, 2]])
+    processed = torch.randn(2, 3, 6)
+    found = scatter_tokens(stream, index, None, processed, None, 0, 10)
+    assert torch.equal(
+        found, scatter_tokens(stream.contiguous(), index, None, processed, None, 0, 10)
+    )
+    assert not stream.is_contiguous()
+    assert found.is_contiguous()

@@ -127,7 +127,8 @@ def export_artifact(
         _suit(staging, every, targets, tuple(b.name for b in frozen[0].blocks))
         checks = Checks(staging, parity_tolerance, half, made)
         rows = [checks.bucket(graphs[bucket], bucket) for bucket in range(len(frozen))]
-        write_block_values(staging, graphs, [golden_path(b) for b in range(len(frozen))])
+        golden = [golden_path(bucket) for bucket in range(len(frozen))]
+        write_block_values(staging, graphs, golden, checks.values)
         shared_rows = [parity for row in shared for parity in checks.shared(row, frozen[0])]
         if describe is not None:
             describe(staging)

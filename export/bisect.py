@@ -58,34 +58,57 @@ class Suspect:
     runs: int
 
 
-def write_block_values(artifact: Path, graphs: Sequence[str], golden: Sequence[str]) -> None:
-    """Run each graph in ONNX Runtime at its golden inputs and write marks of what leaves its blocks.
+def write_block_values(
+    artifact: Path,
+    graphs: Sequence[str],
+    golden: Sequence[str],
+    known: Mapping[str, Sequence[BlockValue]] | None = None,
+) -> None:
+    """Write marks of what leaves the blocks of each graph at its golden inputs, in ONNX Runtime.
 
     Args:
         artifact: the artifact's folder, whose graphs were found right.
         graphs: path of the static graph of each bucket.
         golden: path of the golden file of each bucket.
+        known: graph -> what :func:`block_values` found in an earlier run.
     """
-    maps = json.loads((artifact / "model/node_map.json").read_text(encoding="utf-8"))
-    schedule = json.loads((artifact / "model/schedule.json").read_text(encoding="utf-8"))
     found: dict[str, list[dict[str, Any]]] = {}
     for graph, path in zip(graphs, golden, strict=True):
         if graph in found:
             continue
+        if known and graph in known:
+            found[graph] = to_json(known[graph])
+            continue
         model = load_graph(artifact / graph)
-        places = list(leaving(model, maps[graph], list(schedule["kept_tokens"])))
-        kinds = _kinds(model)
-        places = [place for place in places if kinds.get(place[1]) in _FLOATS]
+        places = places_of_values(artifact, graph, model)
         inputs = read_golden(artifact / path)[0]
         arrays = run_with_outputs(artifact / graph, model, [p[1] for p in places], inputs)
-        values = []
-        for (block, value, node), array in zip(places, arrays, strict=True):
-            norm, signs = mark(array)
-            values.append(
-                BlockValue(block, value, node, array.shape, array.dtype.name, norm, signs)
-            )
-        found[graph] = to_json(values)
+        found[graph] = to_json(block_values(places, arrays))
     write_json_atomic(artifact / BLOCK_VALUES, found)
+
+
+def places_of_values(
+    artifact: Path, graph: str, model: ModelProto
+) -> list[tuple[str, str, str]]:
+    """(block, value, node) of each number that leaves a block of a graph."""
+    maps = json.loads((artifact / "model/node_map.json").read_text(encoding="utf-8"))
+    schedule = json.loads((artifact / "model/schedule.json").read_text(encoding="utf-8"))
+    kinds = _kinds(model)
+    places = leaving(model, maps[graph], list(schedule["kept_tokens"]))
+    return [place for place in places if kinds.get(place[1]) in _FLOATS]
+
+
+def block_values(
+    places: Sequence[tuple[str, str, str]], arrays: Sequence[Array]
+) -> list[BlockValue]:
+    """Marks of values at their places."""
+    values = []
+    for (block, value, node), array in zip(places, arrays, strict=True):
+        norm, signs = mark(array)
+        values.append(
+            BlockValue(block, value, node, array.shape, array.dtype.name, norm, signs)
+        )
+    return values
 
 
 def bisect_onnx(

@@ -53,7 +53,7 @@ def run_in_pieces(
     model: ModelProto,
     names: Sequence[str],
     inputs: Mapping[str, Array],
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int | None = None,
 ) -> list[Array]:
     """Values of a graph, computed on the CPU.
 
@@ -62,7 +62,7 @@ def run_in_pieces(
         model: the graph.
         names: of the values.
         inputs: of the graph.
-        piece_bytes: weights of a piece, one node at least.
+        piece_bytes: weights of a piece, one node at least; ``PIECE_BYTES`` by default.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -70,7 +70,7 @@ def run_in_pieces(
     last |= dict.fromkeys(names, len(graph.node))
     types = _types(model)
     living: dict[str, Array] = dict(inputs)
-    for start, nodes in _pieces(graph.node, weights, piece_bytes):
+    for start, nodes in _pieces(graph.node, weights, piece_bytes or PIECE_BYTES):
         end = start + len(nodes)
         made = {name for node in nodes for name in node.output if name}
         wanted = [name for name in made if last.get(name, -1) >= end]

@@ -13,7 +13,9 @@ import pytest
 
 import diffcr_compile as dcr
 from diffcr_compile.errors import ArtifactError, UnsupportedModelError
+from diffcr_compile.export import in_pieces
 from diffcr_compile.export.at_kept_tokens import at_kept_tokens
+from diffcr_compile.export.block_values import read_block_values
 from diffcr_compile.export.in_pieces import run_in_pieces
 from diffcr_compile.export.onnx_model import export_graph, onnx_from_program
 from diffcr_compile.export.weights import WeightsWriter
@@ -97,6 +99,22 @@ def test_pieces_give_what_the_whole_graph_gives(
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     assert len(found) == len(wanted)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.onnx", "weights.bin"]
+
+
+def test_an_export_that_is_checked_in_pieces_is_the_same(
+    cases: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases("plain")
+    frozen = dcr.freeze(case.routed.module, keep_ratio=0.5)
+    whole = dcr.export(frozen, tmp_path / "whole").folder
+    monkeypatch.setattr(in_pieces, "PIECE_BYTES", 1 << 12)
+    parts = dcr.export(frozen, tmp_path / "parts").folder
+    for name in ("onnx/weights.bin", "onnx/bucket_00.onnx", "golden/bucket_00.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    (one,), (two,) = (read_block_values(folder).values() for folder in (whole, parts))
+    assert [value.value for value in one] == [value.value for value in two]
+    for left, right in zip(one, two, strict=True):
+        assert left.norm == pytest.approx(right.norm, rel=1e-5)
 
 
 def test_weights_of_another_file_are_refused(

@@ -41,7 +41,7 @@ def loaded(folder: Path, buckets: int, way: str) -> dict[str, Any]:
     else:
         runner = load(folder / "out", threads=1, verify=False)
         for row in runner.manifest.buckets[:buckets]:
-            middle = np.full_like(arrays["timestep"], (row["low"] + row["high"]) / 2)
+            middle = np.full_like(arrays["timestep"], round((row["low"] + row["high"]) / 2))
             runner(**{**arrays, "timestep": middle})
     return {
         "way": way,
@@ -53,10 +53,10 @@ def loaded(folder: Path, buckets: int, way: str) -> dict[str, Any]:
 def make(folder: Path, width: int, blocks: int, buckets: int, tokens: int) -> int:
     """The artifact, the dense baseline and inputs; bytes of the weights."""
     import diffcr_compile as dcr
-    from benchmarks.speed.models import mixed_columns, new_pixart, pixart_inputs, schedule_of
+    from benchmarks.speed.models import dit_inputs, mixed_columns, new_dit, schedule_of
     from benchmarks.speed.plain import plain_onnx
 
-    model, inputs = new_pixart(width, blocks, tokens), pixart_inputs(tokens, 2)
+    model, inputs = new_dit(width, blocks, tokens), dit_inputs(tokens, 1)
     routed = dcr.route(model, inputs)
     schedule = schedule_of(routed.program, mixed_columns(blocks, buckets))
     dcr.export(dcr.freeze(routed, schedule=schedule), folder / "out")

@@ -96,7 +96,7 @@ def test_size_and_memory(tmp_path: Path) -> None:
     assert artifact_size.bytes_below(tmp_path / "out/onnx") > 0
     for way in ("dense", "artifact"):
         assert set(load_memory.loaded(tmp_path, 2, way)) == {"way", "resident", "proportional"}
-    assert np.load(tmp_path / "inputs.npz")["timestep"].shape == (2,)
+    assert np.load(tmp_path / "inputs.npz")["timestep"].shape == (1,)
 
 
 def test_a_straight_line_is_found() -> None:

@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 # tests run side by side, a file to a process and one thread each: small models gain nothing from more
 TEST_JOBS ?= auto
 EXTRAS := cpu,dev,diffusers,docs,quality,report,rtx
-BENCHMARKS := quality_reference routing_overhead
+BENCHMARKS := quality_reference routing_overhead speedup peers cost_model export_cost artifact_size load_memory
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -16,7 +16,7 @@ from typing import Any
 import diffcr_compile as dcr
 from benchmarks.speed.models import mixed_columns, new_pixart, pixart_inputs, schedule_of
 from benchmarks.speed.plain import plain_onnx
-from benchmarks.speed.record import RESULTS, write_record
+from benchmarks.speed.record import record_path, write_record
 
 BUCKETS = 8
 
@@ -54,9 +54,10 @@ def bytes_below(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "artifact_size.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    args.out = record_path("artifact_size", args.out, args.smoke)
     cases = (
         [(64, 2, 2, 64)] if args.smoke else [(384, 6, BUCKETS, 256), (1152, 4, BUCKETS, 256)]
     )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.models import dit_inputs, routed_dit
-from benchmarks.speed.record import RESULTS, write_record
+from benchmarks.speed.record import record_path, write_record
 from diffcr_compile.block_graphs import frozen_at
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import UsageError
@@ -123,10 +123,11 @@ def shares(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "cost_model.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    args.out = record_path("cost_model", args.out, args.smoke)
     cases = [(64, 2, 64)] if args.smoke else [(384, 6, 1024), (192, 6, 256)]
     rounds, count = (7, 1) if args.smoke else (args.rounds, 4)
     found = []

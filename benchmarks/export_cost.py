@@ -36,7 +36,7 @@ from benchmarks.speed.models import (
     schedule_of,
 )
 from benchmarks.speed.plain import plain_onnx
-from benchmarks.speed.record import RESULTS, read_record, write_record
+from benchmarks.speed.record import read_record, record_path, write_record
 from diffcr_compile.export import artifact, bucket_graphs
 
 TEXT_WIDTH_LARGE = 4096
@@ -247,11 +247,12 @@ def fit(x: Any, y: Any) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(EVERY), help="one group of cases, again")
-    parser.add_argument("--out", type=Path, default=RESULTS / "export_cost.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.out = record_path("export_cost", args.out, args.smoke)
     if args.case:
         torch.set_num_threads(1)
         print(json.dumps(measure(Case(**json.loads(args.case)), args.folder)))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed import memory
-from benchmarks.speed.record import RESULTS, write_record
+from benchmarks.speed.record import record_path, write_record
 
 BUCKETS, TOKENS = 8, 256
 
@@ -102,12 +102,13 @@ def measure(width: int, blocks: int, buckets: int, tokens: int) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "load_memory.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--buckets", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.out = record_path("load_memory", args.out, args.smoke)
     if args.way:
         print(json.dumps(loaded(args.folder, args.buckets, args.way)))
         return

@@ -25,7 +25,7 @@ from benchmarks.quality.merging import merged
 from benchmarks.speed.mod import add_depths
 from benchmarks.speed.models import dit_inputs, new_dit, routed_dit
 from benchmarks.speed.plain import plain_onnx
-from benchmarks.speed.record import RESULTS, write_record
+from benchmarks.speed.record import record_path, write_record
 from diffcr_compile.block_graphs import frozen_at
 from diffcr_compile.export.onnx_model import onnx_from_program
 from diffcr_compile.macs import measure_costs
@@ -124,10 +124,11 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    args.out = record_path("peers", args.out, args.smoke)
     torch.set_num_threads(1)
     sizes = (
         [Size(64, 2, 64)] if args.smoke else [Size(), Size(tokens=256), Size(keep_ratio=0.75)]

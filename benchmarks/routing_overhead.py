@@ -28,7 +28,7 @@ import onnx
 import onnxruntime
 
 import diffcr_compile as dcr
-from benchmarks.speed.record import write_record
+from benchmarks.speed.record import record_path, write_record
 from benchmarks.speed.routing_parts import block_overhead
 from diffcr_compile.bench import interleaved
 from diffcr_compile.config import RoutingConfig
@@ -39,7 +39,6 @@ from diffcr_compile.reference import demo
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule, cost_of
 
-RESULTS = Path(__file__).parent / "results/routing_overhead.json"
 # Kept tokens per routing unit: schedules like those that calibration finds, early blocks full.
 COLUMNS = {
     1: (256, 256, 112, 144, 128, 144, 128, 160),
@@ -140,9 +139,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--runs", type=int, default=3, help="forwards per turn")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    args.out = record_path("routing_overhead", args.out, args.smoke)
     if args.smoke:
         args.batch, args.repeats, args.runs = 1, 1, 1
     dense, programs, shares = frozen_programs()

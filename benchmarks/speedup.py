@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.speed.models import dit_inputs, new_dit, routed_dit
 from benchmarks.speed.plain import plain_onnx
-from benchmarks.speed.record import RESULTS, read_record, write_record
+from benchmarks.speed.record import read_record, record_path, write_record
 from diffcr_compile.block_graphs import frozen_at
 from diffcr_compile.export.onnx_model import export_graph
 from diffcr_compile.export.weights import WeightsWriter
@@ -187,9 +187,10 @@ def main() -> None:
     parser.add_argument("--sizes", help="such as 384x1024x1,192x256x2")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--stability", type=float, default=0.01)
-    parser.add_argument("--out", type=Path, default=RESULTS / "speedup.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    args.out = record_path("speedup", args.out, args.smoke)
     torch.set_num_threads(1)
     rows = read_record(args.out)["rows"] if args.out.exists() and not args.smoke else []
     done = {(row["width"], row["tokens"], row["batch"]) for row in rows}

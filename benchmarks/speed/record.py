@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ def write_record(path: Path, result: dict[str, Any]) -> None:
             "environment": environment(),
             "date": time.strftime("%Y-%m-%d"),
         },
+    )
+
+
+def record_path(name: str, given: Path | None, smoke: bool) -> Path:
+    """Where a record goes: a short run is none that a document may quote."""
+    if given is not None:
+        return given
+    return (
+        Path(tempfile.gettempdir()) / f"{name}_smoke.json"
+        if smoke
+        else RESULTS / f"{name}.json"
     )
 
 

@@ -7,7 +7,7 @@ The reference DiT is frozen at about 60 % of its MACs with spans of 1, 2 and 4 b
 (``routing.share_index``), exported, and run in turns with the dense model in one process. For each span
 length and number of threads the JSON holds the share of the dense time, the share of the dense MACs,
 and their quotient (realised / implied speed-up); a profile of each graph says what its routing ops take.
-``blocks`` is about one block of other sizes alone: its routing with nothing in between as a share of the dense
+``blocks`` is about one block of other sizes alone: its routing, in place and alone, as a share of the dense
 block, and the keep ratio from which on routing pays.
 
 Writes ``benchmarks/results/routing_overhead.json``.
@@ -171,7 +171,7 @@ def main() -> None:
             )
     for row in report["blocks"]:
         print(
-            f"width {row['width']}, {row['tokens']} tokens: routing {row['routing_share_of_dense_block']:.2%} of the "
+            f"width {row['width']}, {row['tokens']} tokens: routing {row['routing_in_place']['share']:.2%} of the "
             f"dense block, pays from keep ratio {row['break_even_keep_ratio']:.3f} downwards"
         )
 

@@ -56,7 +56,7 @@ def test_peers(tmp_path: Path) -> None:
 
 def test_routing_overhead(tmp_path: Path) -> None:
     row = block_overhead(64, 64, 7)
-    assert row["routing_share_of_dense_block"] > 0
+    assert 0 < row["routing_in_place"]["share"] < 1
     assert "| 64 | 64 |" in section("routing_overhead", {"blocks": [row]}, tmp_path)
 
 

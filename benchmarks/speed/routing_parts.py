@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.in_place import share_in_place
 from benchmarks.speed.models import routed_dit
 from diffcr_compile.block_graphs import block_groups
 from diffcr_compile.export.onnx_model import onnx_from_program
@@ -47,11 +48,14 @@ def block_overhead(width: int, tokens: int, rounds: int) -> dict[str, Any]:
             session = make_session(path, threads=1)
             runs[name] = lambda s=session: s.run(None, inputs)
         timings = in_turns(runs, "dense", 0.002, rounds)
+        files = (Path(folder) / f"{ALONE}.onnx", Path(folder) / "dense.onnx")
+        inside = share_in_place(*files, inputs)
     shares = {str(ratio): timings[str(ratio)].share for ratio in KEEP_RATIOS}
     return {
         "width": width,
         "tokens": tokens,
-        "routing_share_of_dense_block": timings["routing"].share,
+        "routing_in_place": inside,
+        "routing_alone": timings["routing"].share,
         "error": timings["routing"].error,
         "share_by_keep_ratio": shares,
         "break_even_keep_ratio": break_even(shares),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.samplers import FlowEuler
+from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
 from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
 from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half
@@ -32,7 +33,6 @@ from diffcr_compile.export.precision import HALF_TOLERANCE, HalfGraphs, half_gra
 from diffcr_compile.export.profiles_graph import tensorrt_topk
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
-from diffcr_compile.manifest import write_json_atomic
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.reference import demo
 from diffcr_compile.reference.model import REFERENCE_CONFIG, new_reference_dit

@@ -20,6 +20,7 @@ from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.export.precision import HALF_TOLERANCE
+from diffcr_compile.folder_lock import locked
 from diffcr_compile.guidance import graph_batch, guidance_of
 from diffcr_compile.made import Artifact, stopped
 from diffcr_compile.manifest import read_manifest
@@ -268,16 +269,17 @@ def export(
     targets = find_targets(target)
     programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
     half = None if precision == "fp32" else half_settings(programs, HALF_TOLERANCE, states)
-    manifest = export_programs(
-        programs,
-        Path(out),
-        name,
-        parity_tolerance,
-        None,
-        targets,
-        profiles=profiles,
-        half=half,
-    )
+    with locked(Path(out)):
+        manifest = export_programs(
+            programs,
+            Path(out),
+            name,
+            parity_tolerance,
+            None,
+            targets,
+            profiles=profiles,
+            half=half,
+        )
     return Artifact(Path(out), manifest)
 
 

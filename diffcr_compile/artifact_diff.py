@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffcr_compile.config_text import EFFECTIVE_FILE
+from diffcr_compile.data_files import read_json, read_yaml
+from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, read_manifest
 
 Row = dict[str, Any]
@@ -76,11 +75,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / EFFECTIVE_FILE
     if not path.exists():
         return {}
-    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sections = _read(path, read_yaml)
     return {
         f"{section}.{key}": value
         for section, values in sections.items()
-        for key, value in (values or {}).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
     }
 
 
@@ -88,8 +88,21 @@ def _figures(folder: Path) -> dict[str, Any]:
     path = folder / "report/report.json"
     if not path.exists():
         return {}
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = _read(path, read_json)
     return {name: _at(report, keys) for name, keys in _FIGURES.items()}
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
+    try:
+        found = reader(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Make it again with diffcr compile or diffcr report.",
+            code="DCR-A002",
+        ) from error
+    return found
 
 
 def _at(tree: Any, keys: tuple[str, ...]) -> Any:

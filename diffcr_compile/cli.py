@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from click.exceptions import Abort
@@ -29,6 +30,7 @@ from diffcr_compile.commands import (
 )
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.terminal import errors, terminal
+from diffcr_compile.durable import disk_error, is_disk_error
 from diffcr_compile.errors import INTERRUPTED, DiffCRError, one_line
 
 VERBS = (
@@ -66,18 +68,16 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except DiffCRError as error:
-        terminal.event("error", **error.to_dict())
-        _show(error, str(error))
-        sys.exit(error.exit_code)
+        _stop(error)
     except (KeyboardInterrupt, Abort):
         _stop_interrupted()
     except Exception as error:  # noqa: BLE001 - no traceback unless it is asked for
+        if isinstance(error, OSError) and is_disk_error(error):
+            _stop(disk_error(error, Path.cwd()), error)
         usage = getattr(error, "exit_code", None)  # click's own errors carry one
         if usage is None:
             bug = DiffCRError(f"{one_line(error)}. Run it again with -v for the traceback.")
-            terminal.event("error", **bug.to_dict())
-            _show(error, str(bug))
-            sys.exit(bug.exit_code)
+            _stop(bug, error)
         if hasattr(error, "show"):
             error.show()
         sys.exit(usage)
@@ -89,6 +89,12 @@ def main() -> None:
             sys.exit(status)
     finally:
         terminal.close()
+
+
+def _stop(error: DiffCRError, cause: BaseException | None = None) -> NoReturn:
+    terminal.event("error", **error.to_dict())
+    _show(cause or error, str(error))
+    sys.exit(error.exit_code)
 
 
 def _stop_interrupted() -> NoReturn:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -16,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from diffcr_compile.data_files import read_yaml, short
 from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 
@@ -342,7 +342,7 @@ def _problem(error: dict[str, Any]) -> str:
         for parent in parents:
             section = section.model_fields[parent].annotation
         return f"there is no setting {where}{did_you_mean(name, section.model_fields)}"
-    return f"{where}: {error['msg']} (found {error['input']!r})"
+    return f"{where}: {short(error['msg'], 200)[1:-1]} (found {short(error['input'])})"
 
 
 def load_config(
@@ -363,8 +363,8 @@ def load_config(
         if not path.exists():
             raise UsageError(f"the configuration file {path} does not exist", code="DCR-U011")
         try:
-            data = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+            data = read_yaml(path) or {}
+        except ValueError as error:
             raise UsageError(f"{path} is not YAML: {error}", code="DCR-U012") from error
         if not isinstance(data, dict):
             raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffcr_compile.errors import UsageError
+from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.program import DiTGraph, flat_tensors, rebuild_call
 from diffcr_compile.rebuild import rebuild
-from diffcr_compile.recipe import Recipe, read_recipe
-from diffcr_compile.runtime.diffusers_adapter import Backend, CompiledDenoiser
+from diffcr_compile.recipe import RECIPE_FILE, Recipe, read_recipe
+from diffcr_compile.runtime.diffusers_adapter import (
+    Backend,
+    CompiledDenoiser,
+    class_of_diffusers,
+)
 from diffcr_compile.runtime.runner import Runner
 from diffcr_compile.schedule import TimestepBuckets
 
@@ -130,12 +133,22 @@ def _described(folder: Path, recipe: Recipe) -> Any:
         )
     from diffusers.configuration_utils import FrozenDict
 
-    module, _, name = recipe.model_class.rpartition(".")
-    forward = getattr(importlib.import_module(module), name).forward
+    forward = class_of_diffusers(recipe.model_class, "ModelMixin").forward
     described = types.SimpleNamespace(
         config=FrozenDict(recipe.config),
-        dtype=getattr(torch, recipe.dtype),
+        dtype=_dtype(folder, recipe.dtype),
         device=torch.device("cpu"),
     )
     described.forward = types.MethodType(forward, described)  # its signature without self
     return described
+
+
+def _dtype(folder: Path, name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if isinstance(found, torch.dtype):
+        return found
+    raise ArtifactError(
+        f"{folder / RECIPE_FILE} says that the weights are {name[:40]!r}, which is no type of torch. Copy the "
+        "artifact again, or make it anew.",
+        code="DCR-A002",
+    )

@@ -5,25 +5,22 @@ Standard library only: this file goes on the device with the runtime.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from diffcr_compile.durable import PARTIAL_SUFFIX, atomic_write_bytes
 from diffcr_compile.errors import ArtifactError
 
 SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
-# Leftovers of an interrupted write: never listed, never read, so they do no harm.
-PARTIAL_SUFFIX = ".partial"
 # A manifest of 64 buckets and 1,000 blocks has about 2 MB.
 MAX_MANIFEST_BYTES = 1 << 24
 # What the tensors of a graph may hold, as numpy names it.
@@ -96,31 +93,6 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers find the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f"{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent
-    )
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp lets nobody else read
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def write_json_atomic(path: Path, data: Any) -> None:
-    """Write JSON atomically. NaN and infinity, which are not JSON, are refused."""
-    atomic_write_bytes(path, json.dumps(data, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -232,6 +204,12 @@ def _check_form(path: Path, manifest: Manifest) -> None:
                     f"{path}: {key} has {str(row)[:200]}, which names no tensor. {_AGAIN}",
                     code="DCR-A002",
                 )
+    names = [row[key] for row in manifest.buckets for key in ("onnx", "golden")]
+    if not all(isinstance(name, str) for name in (*names, manifest.weights)):
+        raise ArtifactError(
+            f"{path}: weights and the files of a timestep bucket must be paths. {_AGAIN}",
+            code="DCR-A002",
+        )
     for row in manifest.buckets:
         low, high = row["low"], row["high"]
         if not (_is_number(low) and _is_number(high) and low < high):
@@ -256,7 +234,10 @@ def _check_form(path: Path, manifest: Manifest) -> None:
         )
     files = manifest.files
     if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in files.values()
+        isinstance(e, dict)
+        and isinstance(e.get("sha256"), str)
+        and type(e.get("bytes")) is int
+        for e in files.values()
     ):
         raise ArtifactError(
             f"{path}: files must map paths to sha256 and bytes. {_AGAIN}", code="DCR-A002"
@@ -377,10 +358,11 @@ def _top(folder: Path, name: str) -> str:
     parts = PurePosixPath(name).parts
     leads_out = name.startswith("/") or PureWindowsPath(name).drive or "\\" in name
     is_inside = len(parts) > 1 and parts[0] in CHECKED_FOLDERS and ".." not in parts
-    if leads_out or not is_inside:
+    # a line break in a name would end the list of hashes in build_on_device.sh and begin a command
+    if leads_out or not is_inside or not name.isprintable():
         raise ArtifactError(
-            f"{folder / MANIFEST_FILE} lists {name!r}, which is not a path inside the artifact's "
-            f"folders {', '.join(CHECKED_FOLDERS)}. Do not use this artifact.",
+            f"{folder / MANIFEST_FILE} lists {name!r}, which is not a plain path inside the "
+            f"artifact's folders {', '.join(CHECKED_FOLDERS)}. Do not use this artifact.",
             code="DCR-A006",
         )
     return parts[0]

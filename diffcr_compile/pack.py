@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import diffcr_compile
+from diffcr_compile.durable import published
 from diffcr_compile.engine_plan import EngineMode, choose_mode
-from diffcr_compile.errors import ResourceError, UsageError
+from diffcr_compile.errors import UsageError
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.script import SCRIPT, device_script
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
-    PARTIAL_SUFFIX,
     Manifest,
     manifest_text,
     read_manifest,
@@ -32,7 +32,7 @@ _STORED_FROM = 1 << 20
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same artifact gives the same bytes
 # What the runtime is made of; below these, everything but the exceptions.
 _SOURCES = (
-    "__init__.py", "callable_package.py", "device_doctor.py", "device_state.py", "engine_plan.py",
+    "__init__.py", "callable_package.py", "device_doctor.py", "device_state.py", "durable.py", "engine_plan.py",
     "error_cases.py", "errors.py", "manifest.py", "on_device.py", "validate.py", "py.typed",
     "runtime/*.py", "export/__init__.py", "export/golden.py", "export/parity.py", "export/device/*.py",
 )  # fmt: skip
@@ -104,20 +104,16 @@ def pack(artifact: Path, path: Path, target: Target | None = None) -> Packed:
         + "\n",
         README_FILE: _readme(manifest, target),
     }
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, text in texts.items():
-                _add(archive, name, text.encode(), executable=name == SCRIPT)
-            _add(archive, RUNTIME_FILE, runtime_archive())
-            for name in sorted(device.files):
-                _add_file(archive, artifact / name, name)
-            names = tuple(archive.namelist())
-        partial.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be written: {error}", code="DCR-R001") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        published(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name, text in texts.items():
+            _add(archive, name, text.encode(), executable=name == SCRIPT)
+        _add(archive, RUNTIME_FILE, runtime_archive())
+        for name in sorted(device.files):
+            _add_file(archive, artifact / name, name)
+        names = tuple(archive.namelist())
     left = tuple(sorted(set(manifest.files) - set(device.files)))
     return Packed(path, names, left, mode)
 

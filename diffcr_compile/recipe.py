@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import write_json_atomic
 
 RECIPE_FILE = "model/recipe.json"
 LEARNED_FILE = "model/learned.safetensors"
@@ -72,15 +73,60 @@ def read_recipe(folder: Path) -> Recipe:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"schema version {data.get('schema_version')!r}")
-        return Recipe(**data)
+        recipe = Recipe(**data)
+        _check_form(recipe)
+        return recipe
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} is missing: {folder} was made by a version that did not write it. Make the artifact "
             "anew, or use CompiledDenoiser(folder, dense_model), which needs none.",
             code="DCR-A014",
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}. Copy the artifact again, or make it anew.",
             code="DCR-A002",
         ) from error
+
+
+def _check_form(recipe: Recipe) -> None:
+    """Raise ValueError unless every entry has its type, and no path leads out of the artifact."""
+    inputs, constants, optional = recipe.inputs, recipe.constants, (dict, type(None))
+    forms = {
+        "model_class": _is_dotted(recipe.model_class),
+        "inputs": isinstance(inputs, dict) and all(_is_path(path) for path in inputs.values()),
+        "constants": isinstance(constants, list)
+        and all(_is_constant(row) for row in constants),
+        "routing": isinstance(recipe.routing, dict),
+        "learned": _is_weights_file(recipe.learned),
+        "config": isinstance(recipe.config, optional),
+        "output": recipe.output is None or _is_dotted(recipe.output),
+        "dtype": isinstance(recipe.dtype, str),
+        "guidance": isinstance(recipe.guidance, optional),
+    }
+    wrong = [name for name, is_right in forms.items() if not is_right]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has the wrong form")
+
+
+def _is_dotted(name: Any) -> bool:
+    # a class inside of a function has <locals> in its name
+    return isinstance(name, str) and re.fullmatch(r"[\w<>]+(\.[\w<>]+)*", name) is not None
+
+
+def _is_weights_file(name: Any) -> bool:
+    return isinstance(name, str) and bool(
+        re.fullmatch(r"model/\w+\.safetensors", name, re.ASCII)
+    )
+
+
+def _is_path(path: Any) -> bool:
+    return isinstance(path, list) and all(type(step) in (int, str) for step in path)
+
+
+def _is_constant(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and _is_path(row.get("path"))
+        and ("value" in row or "text" in row or isinstance(row.get("tensor"), str))
+    )

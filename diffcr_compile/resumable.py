@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffcr_compile.budgets import budget_costs
@@ -24,16 +24,16 @@ from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.drift import trajectory_drift
+from diffcr_compile.durable import (
+    atomic_write_bytes,
+    disk_errors_in_words,
+    write_json_atomic,
+)
 from diffcr_compile.export.artifact import export_dense
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.guidance import Guidance
 from diffcr_compile.importance import token_importance
-from diffcr_compile.manifest import (
-    Manifest,
-    read_manifest,
-    verify_artifact,
-    write_json_atomic,
-)
+from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
 from diffcr_compile.planning.targets import find_targets
 from diffcr_compile.program import Program
 from diffcr_compile.runtime import load
@@ -48,6 +48,7 @@ from diffcr_compile.stages import (
     sampling_states,
     teacher_states,
 )
+from diffcr_compile.tensor_file import write_tensors
 from diffcr_compile.workspace import Workspace, fingerprint
 
 # settings of the calibration that change no result
@@ -132,12 +133,13 @@ def take_part(
 @contextlib.contextmanager
 def workspace_of(out: Path, ranks: Ranks) -> Iterator[Workspace]:
     """The output folder for rank 0, which alone writes there; a passing one for the others."""
-    if ranks.leads:
-        with Workspace(out) as space:
-            yield space
-        return
-    with tempfile.TemporaryDirectory() as folder, Workspace(Path(folder) / "rank") as space:
-        yield space
+    with disk_errors_in_words(out):
+        if ranks.leads:
+            with Workspace(out) as space:
+                yield space
+            return
+        with tempfile.TemporaryDirectory() as folder, Workspace(Path(folder) / "rank") as own:
+            yield own
 
 
 def calibration_settings(config: CompileConfig) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def _forget_rollouts(folder: Path, key: str) -> None:
         return
     for shard in folder.glob("rollouts_*.safetensors"):
         shard.unlink()
-    marker.write_text(key)
+    atomic_write_bytes(marker, key.encode())
 
 
 def keep_schedule(space: Workspace, frozen: Program) -> None:
@@ -259,9 +261,7 @@ def _trained_tensors(routed: Program, config: CompileConfig) -> dict[str, Tensor
 def save_trained(routed: Program, path: Path, config: CompileConfig) -> None:
     """Write what a calibration changed; :func:`load_trained` puts it into the same program anew."""
     tensors = {n: t.detach().clone() for n, t in _trained_tensors(routed, config).items()}
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    write_tensors(path, tensors)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -225,14 +225,47 @@ class TokenSchedule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TokenSchedule:
-        return cls(
-            {block: tuple(kept) for block, kept in data["kept_tokens"].items()},
-            dict(data["num_tokens"]),
-            TimestepBuckets(tuple(data["edges"]), tuple(data["weights"])),
-            data["asked"],
-            data["reached"],
-            data.get("metric", "macs"),
-        )
+        """The reverse of :meth:`to_json`.
+
+        Raises:
+            UsageError: something is missing, or has another type or range.
+        """
+        try:
+            return cls(
+                {str(b): tuple(map(_whole, kept)) for b, kept in data["kept_tokens"].items()},
+                {str(block): _whole(count) for block, count in data["num_tokens"].items()},
+                TimestepBuckets(
+                    tuple(map(_number, data["edges"])), tuple(map(_number, data["weights"]))
+                ),
+                None if data["asked"] is None else _number(data["asked"]),
+                None if data["reached"] is None else _number(data["reached"]),
+                _metric(data.get("metric", "macs")),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"this is no schedule: {type(error).__name__}: {str(error)[:200]}. Expected kept_tokens, "
+                "num_tokens, edges, weights, asked and reached, as TokenSchedule.to_json gives them.",
+                code="DCR-U032",
+            ) from error
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise ValueError(f"{str(value)[:40]} is no number of tokens")
+    return value
+
+
+def _number(value: Any) -> float:
+    # whole numbers stay such, so that what is read is written again to the byte
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{str(value)[:40]} is no finite number")
+    return cast(float, value)
+
+
+def _metric(value: Any) -> Metric:
+    if value not in get_args(Metric):
+        raise ValueError(f"{str(value)[:40]} is none of {get_args(Metric)}")
+    return cast(Metric, value)
 
 
 def cost_of(costs: CostTable, schedule: TokenSchedule) -> float:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.pipelines import FEW_STEPS, PipelineRuns, open_pipeline
+from diffcr_compile.data_files import read_json, read_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.vector_math import settle_vector_math
+
+# A model is read from its folder only, as data: no download, no code that it brings, no pickle.
+ONLY_DATA = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,13 @@ def _read_tensors(path: Path | None) -> dict[str, Any]:
         return {}
     if not path.is_file():
         raise UsageError(f"the file {path} does not exist", code="DCR-U006")
-    return dict(load_file(path))
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UsageError(
+            f"{path} is no safetensors file: {error}. Write it with safetensors.torch.save_file.",
+            code="DCR-U006",
+        ) from error
 
 
 def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
@@ -143,8 +152,8 @@ def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, A
     if not path.is_file():
         raise UsageError(f"the file {path} does not exist", code="DCR-U006")
     try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
+        found = read_yaml(path)
+    except ValueError as error:
         raise UsageError(
             f"{path} is neither YAML nor JSON: {error}", code="DCR-U007"
         ) from error
@@ -162,7 +171,7 @@ def _load_pipeline(folder: Path) -> Any:
     """A pipeline from disk; a component that was not saved is None."""
     from diffusers import DiffusionPipeline
 
-    index = json.loads((folder / "model_index.json").read_text())
+    index = _pipeline_index(folder)
     kind = getattr(
         importlib.import_module("diffusers"), index["_class_name"], DiffusionPipeline
     )
@@ -173,11 +182,36 @@ def _load_pipeline(folder: Path) -> Any:
     }
     absent |= {n: None for n in named if index[n][0] is None}
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **absent)
+        return DiffusionPipeline.from_pretrained(str(folder), **ONLY_DATA, **absent)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"{folder} is no pipeline that diffusers can load here: {error}"
         ) from error
+
+
+def _pipeline_index(folder: Path) -> dict[str, Any]:
+    """Components by name, as a saved pipeline lists them."""
+    path = folder / "model_index.json"
+    try:
+        index = read_json(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {error}", code="DCR-U004") from error
+    lists = (
+        [value for value in index.values() if isinstance(value, list)]
+        if isinstance(index, dict)
+        else []
+    )
+    if (
+        not isinstance(index, dict)
+        or not isinstance(index.get("_class_name"), str)
+        or not all(lists)
+    ):
+        raise UsageError(
+            f"{path} is no index of a pipeline: it names no class of diffusers in _class_name, or a component "
+            "without one. Save the pipeline again with save_pretrained.",
+            code="DCR-U004",
+        )
+    return index
 
 
 def _load_component(folder: Path, component: str) -> nn.Module:
@@ -187,7 +221,7 @@ def _load_component(folder: Path, component: str) -> nn.Module:
         if (folder / "model_index.json").exists():
             model = getattr(_load_pipeline(folder), component or "transformer", None)
         else:
-            model = AutoModel.from_pretrained(str(folder), local_files_only=True)
+            model = AutoModel.from_pretrained(str(folder), **ONLY_DATA)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder} is no model or pipeline saved by diffusers: {error}"

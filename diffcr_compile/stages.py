@@ -29,6 +29,7 @@ from diffcr_compile.calibrate.rollout_size import rollout_size
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RolloutConfig, RoutingConfig
+from diffcr_compile.durable import disk_errors_in_words
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
@@ -143,7 +144,8 @@ def teacher_states(
     if data is not None and not isinstance(data, PipelineRuns):
         return label_states(program, data)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors_in_words(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
     _tell_size(program, data, config.rollouts, sampler, folder, progress)
     rollouts, seed = config.rollouts, config.calibration.seed

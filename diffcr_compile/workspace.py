@@ -7,16 +7,23 @@ seconds and peak memory of every finished stage; a stage with the same key is no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from diffcr_compile.errors import ArtifactError, ResourceError, UsageError
+from diffcr_compile.data_files import read_json
+from diffcr_compile.durable import (
+    PARTIAL_SUFFIX,
+    atomic_write_bytes,
+    disk_errors_in_words,
+    remove_leftovers,
+)
+from diffcr_compile.errors import ArtifactError, UsageError
+from diffcr_compile.folder_lock import LOCK_FILE, take_lock
 
 STAGES_FILE = "stages.json"
 
@@ -34,29 +41,15 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            foreign = [p.name for p in folder.iterdir()]
-            if foreign and not (folder / STAGES_FILE).exists() and ".lock" not in foreign:
-                raise UsageError(
-                    f"{folder} is not empty and was not made by diffcr ({', '.join(sorted(foreign)[:5])}). "
-                    "Name a new folder.",
-                    code="DCR-U016",
-                )
-            self._lock: IO[str] = (folder / ".lock").open("w")
-        except OSError as error:
-            raise ResourceError(
-                f"{folder} cannot be written: {error}", code="DCR-R001"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UsageError(
-                f"another diffcr run is at work in {folder}; wait for it or name another folder",
-                code="DCR-U017",
-            ) from None
-        self.records: dict[str, dict[str, Any]] = self._read()
+        with disk_errors_in_words(folder):
+            _check_ours(folder)
+            self._lock = take_lock(folder)
+            try:
+                remove_leftovers(folder)
+                self.records: dict[str, dict[str, Any]] = self._read()
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Let others into the folder."""
@@ -94,11 +87,7 @@ class Workspace:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the artifact, all of it or nothing."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        atomic_write_bytes(self.folder / name, text.encode())
 
     def seconds(self) -> dict[str, float]:
         """Wall seconds of each finished stage."""
@@ -115,19 +104,45 @@ class Workspace:
             self._write()
             return {}
         try:
-            records: dict[str, dict[str, Any]] = json.loads(path.read_text())
+            found: Any = read_json(path)
+            if not isinstance(found, dict) or not all(map(_is_record, found.values())):
+                raise ValueError(
+                    "it does not hold key, seconds and peak_rss_bytes of each stage"
+                )
         except ValueError as error:
             raise ArtifactError(
                 f"{path} cannot be read: {error}. Delete it to run every stage again.",
                 code="DCR-A002",
             ) from error
+        records: dict[str, dict[str, Any]] = found
         return records
 
     def _write(self) -> None:
-        path = self.folder / STAGES_FILE
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self.records, indent=1))
-        temporary.replace(path)
+        self.write_text(STAGES_FILE, json.dumps(self.records, indent=1))
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("key"), str)
+        and type(record.get("seconds")) in (int, float)
+        and type(record.get("peak_rss_bytes")) is int
+    )
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise unless a folder is new, empty, or one of diffcr's."""
+    if not folder.exists() or (folder / STAGES_FILE).exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    # a run that was killed at its very start leaves these
+    foreign = [n for n in names if n != LOCK_FILE and not n.endswith(PARTIAL_SUFFIX)]
+    if foreign:
+        raise UsageError(
+            f"{folder} is not empty and was not made by diffcr ({', '.join(foreign[:5])}). "
+            "Name a new folder.",
+            code="DCR-U016",
+        )
 
 
 def fingerprint(*parts: Any) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.export.device.memory import ACTIVATIONS
-from diffcr_compile.manifest import write_json_atomic
 
 # A different view of the same bytes.
 _VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})

@@ -14,10 +14,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from diffcr_compile.errors import (
-    ResourceError,
-    UsageError,
+from diffcr_compile.durable import (
+    PARTIAL_SUFFIX,
+    atomic_write_bytes,
+    disk_error,
+    force_folder,
+    write_json_atomic,
 )
+from diffcr_compile.errors import UsageError
 from diffcr_compile.export.activation_memory import write_activations
 from diffcr_compile.export.bisect import write_block_values
 from diffcr_compile.export.bucket_graphs import BucketGraphs
@@ -43,15 +47,7 @@ from diffcr_compile.export.precision import HalfSettings, half_graphs
 from diffcr_compile.export.profiles_graph import tensorrt_topk
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_shared_weights
 from diffcr_compile.full_float32 import full_float32
-from diffcr_compile.manifest import (
-    MANIFEST_FILE,
-    PARTIAL_SUFFIX,
-    Manifest,
-    atomic_write_bytes,
-    hash_files,
-    write_json_atomic,
-    write_manifest,
-)
+from diffcr_compile.manifest import MANIFEST_FILE, Manifest, hash_files, write_manifest
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import Program, Stage, run_flat
 
@@ -283,10 +279,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
     except OSError as error:
-        raise ResourceError(
-            f"the artifact cannot be written to {folder}: {error}. Free some disk space or name "
-            "another folder."
-        ) from error
+        raise disk_error(error, folder) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -294,9 +287,12 @@ def _staging(folder: Path) -> Iterator[Path]:
 def _publish(staging: Path, folder: Path) -> None:
     """Put the new files in place of old ones; without a manifest the folder is no artifact."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    force_folder(folder)  # no manifest outlives the files that it speaks of
     for name in ("onnx", "golden"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (staging / name).replace(folder / name)
     (folder / "model").mkdir(exist_ok=True)
     for path in (staging / "model").iterdir():
         path.replace(folder / "model" / path.name)
+    force_folder(folder / "model")
+    force_folder(folder)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto
 
+from diffcr_compile.durable import PARTIAL_SUFFIX, write_json_atomic
 from diffcr_compile.errors import EnvironmentMissingError, one_line
 from diffcr_compile.export.block_values import (
     BLOCK_VALUES,
@@ -29,7 +30,7 @@ from diffcr_compile.export.block_values import (
 )
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.in_pieces import has_many_weights, run_in_pieces
-from diffcr_compile.manifest import PARTIAL_SUFFIX, Manifest, write_json_atomic
+from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]

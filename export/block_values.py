@@ -8,7 +8,6 @@ would be larger than the weights.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from diffcr_compile.data_files import read_json
 from diffcr_compile.errors import ArtifactError
 
 Array = npt.NDArray[Any]
@@ -122,9 +122,9 @@ def read_block_values(artifact: Path) -> dict[str, list[BlockValue]]:
             code="DCR-A004",
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return {graph: [_value(row) for row in rows] for graph, rows in found.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}. Copy the artifact again, or make it anew with diffcr compile.",
             code="DCR-A004",

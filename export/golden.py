@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.manifest import atomic_write_bytes
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 from diffcr_compile.runtime.safetensors_file import read_safetensors
 

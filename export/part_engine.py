@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from diffcr_compile.durable import PARTIAL_SUFFIX, atomic_write_bytes
 from diffcr_compile.engine_plan import EnginePlan, EngineSpec, ProfileSpec
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.tensorrt_api import build_engine
-from diffcr_compile.manifest import PARTIAL_SUFFIX, Manifest, atomic_write_bytes
+from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.engine_files import Sidecar, made_from, plan_file, read_plan_file
 from diffcr_compile.runtime.open_engines import open_device
 from diffcr_compile.runtime.tensorrt_backend import TensorRTBackend

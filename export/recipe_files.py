@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffcr_compile.program import Program, router_name, selector_name
 from diffcr_compile.recipe import FIXED_FILE, LEARNED_FILE, Recipe, write_recipe
+from diffcr_compile.tensor_file import write_tensors
 
 
 def write_recipe_files(
@@ -33,12 +33,11 @@ def write_recipe_files(
     program, origin = frozen[0], frozen[0].origin
     if origin is None:
         return
-    (folder / "model").mkdir(parents=True, exist_ok=True)
     if learned is None:
-        save_file(_learned(frozen, origin.captured), folder / LEARNED_FILE)
+        write_tensors(folder / LEARNED_FILE, _learned(frozen, origin.captured))
     fixed = program.fixed_inputs
     if fixed:
-        save_file({n: t.detach().clone() for n, t in fixed.items()}, folder / FIXED_FILE)
+        write_tensors(folder / FIXED_FILE, {n: t.detach().clone() for n, t in fixed.items()})
     model = origin.captured
     parameter = next(iter(model.parameters()), torch.empty(0))
     recipe = Recipe(

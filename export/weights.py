@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,8 @@ import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
+from diffcr_compile.durable import atomic_write_bytes, published
 from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import PARTIAL_SUFFIX, atomic_write_bytes
 
 WEIGHTS_FILE = "weights.bin"
 # Smaller tensors stay in the graph: shape inference needs the small ones, and a reference to
@@ -37,14 +36,13 @@ class WeightsWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._published = published(path)
         self._places: dict[bytes, tuple[int, int]] = {}
         self._end = 0
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> WeightsWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")
+        self._file = self._published.__enter__().open("wb")
         return self
 
     def __exit__(
@@ -54,12 +52,11 @@ class WeightsWriter:
         trace: TracebackType | None,
     ) -> None:
         assert self._file is not None
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
+        try:
+            self._file.close()
+        except OSError as failed:  # the last bytes are written here
+            kind, error, trace = type(failed), failed, failed.__traceback__
+        self._published.__exit__(kind, error, trace)
 
     def take(self, model: ir.Model) -> None:
         """Write the weights of a graph that is no protobuf yet, one after the other, and let go of each.

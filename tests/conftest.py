@@ -26,11 +26,21 @@ from diffcr_compile.program import Program, selector_name
 from diffcr_compile.routing import Gate, TokenSelector
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from tests import models
+from tests.offline import go_offline
 
 # The graph runs the batch at once and in another token order (best first, not by position) than
 # the slow loop, so sums are taken in another order: fp32 rounding, not a tolerance for mistakes.
 # A single wrong token would be off by 0.1 and more.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--online", action="store_true", help="let tests use the network")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--online"):
+        go_offline()
 
 
 def flat(output: Any) -> list[Tensor]:

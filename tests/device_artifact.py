@@ -14,14 +14,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
+from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
 from diffcr_compile.export.weights import WeightsWriter
-from diffcr_compile.manifest import (
-    Manifest,
-    atomic_write_bytes,
-    hash_files,
-    write_json_atomic,
-    write_manifest,
-)
+from diffcr_compile.manifest import Manifest, hash_files, write_manifest
 
 KEPT = (4, 8, 6, 8)
 EDGES = (0.0, 250.0, 500.0, 750.0, 1000.0)

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
 from diffcr_compile import cli
+from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
 from diffcr_compile.errors import AccuracyError, ArtifactError, UsageError
 from diffcr_compile.export.bisect import bisect_engine, bisect_onnx, write_block_values
 from diffcr_compile.export.block_values import (
@@ -30,14 +31,7 @@ from diffcr_compile.export.block_values import (
 )
 from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.export.weights import WeightsWriter
-from diffcr_compile.manifest import (
-    Manifest,
-    atomic_write_bytes,
-    hash_files,
-    read_manifest,
-    write_json_atomic,
-    write_manifest,
-)
+from diffcr_compile.manifest import Manifest, hash_files, read_manifest, write_manifest
 from diffcr_compile.polygraphy_results import compare_results, write_polygraphy
 from diffcr_compile.runtime.polygraphy_json import read_inputs, read_outputs, write_outputs
 from diffcr_compile.validate import validate_artifact, validate_engines

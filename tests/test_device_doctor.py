@@ -13,8 +13,9 @@ import pytest
 from diffcr_compile import cli
 from diffcr_compile.device_doctor import Finding, examine_device
 from diffcr_compile.device_state import read_board
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import plan_engines
-from diffcr_compile.manifest import read_manifest, write_json_atomic
+from diffcr_compile.manifest import read_manifest
 from diffcr_compile.runtime.device import Device
 from diffcr_compile.runtime.engine_files import PlanFile, Sidecar, made_from, write_sidecar
 from tests import device_artifact as small

@@ -19,12 +19,13 @@ import torch
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.calibrate.distributed import Ranks, _bit_sum, _in_buckets, joined_ranks
 from diffcr_compile.calibrate.loop import run_calibration
-from diffcr_compile.calibrate.shards import made_in_shards, save_atomic
+from diffcr_compile.calibrate.shards import made_in_shards
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.resumable import workspace_of
 from diffcr_compile.schedule import TimestepBuckets
+from diffcr_compile.tensor_file import write_tensors
 from tests import rank_worker
 from tests.conftest import Case
 
@@ -132,9 +133,8 @@ def test_shares_are_the_batch_and_their_weighted_means_are_its_mean(
 
 def test_each_rank_makes_its_own_shards_and_reads_the_others(tmp_path: Path) -> None:
     for number in (0, 2, 4):  # rank 0's
-        save_atomic(
-            {"n": torch.tensor([number])}, tmp_path / f"rollouts_{number:04d}.safetensors"
-        )
+        path = tmp_path / f"rollouts_{number:04d}.safetensors"
+        write_tensors(path, {"n": torch.tensor([number])})
     made: list[int] = []
 
     def shard(number: int) -> dict[str, torch.Tensor]:

@@ -16,16 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffcr_compile import manifest as manifest_module
+from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import (
     MANIFEST_FILE,
     Manifest,
-    atomic_write_bytes,
     hash_files,
     read_manifest,
     sha256_file,
     verify_artifact,
-    write_json_atomic,
     write_manifest,
 )
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffcr_compile.errors import AccuracyError, ArtifactError, UsageError
+from diffcr_compile.errors import AccuracyError, ArtifactError, ResourceError, UsageError
 from diffcr_compile.report import text, write_html, write_keep_map, write_sample_sheet
 from diffcr_compile.report.charts import Line, line_chart, ticks
 from diffcr_compile.report.pictures import GAP, replace_file
@@ -385,10 +385,12 @@ def test_a_write_that_fails_leaves_the_old_page_and_no_litter(
 
     def fail(*_: object) -> None:
         assert target.read_bytes() == before  # still whole while the new one is written
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        ResourceError, match=r"report\.html cannot be read or written: disk full"
+    ):
         write_html(example_report() | {"title": "new"}, folder)
     assert target.read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == names

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
-from diffcr_compile.manifest import Manifest, atomic_write_bytes, hash_files, write_manifest
+from diffcr_compile.manifest import Manifest, hash_files, write_manifest
 from diffcr_compile.runtime import Runner, backend, euler_flow, load, onnx_backend
 from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import TimestepBuckets

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu import measure, models, parity
 from benchmarks.gpu.cases import Case
-from diffcr_compile.manifest import write_json_atomic
+from diffcr_compile.durable import write_json_atomic
 
 SCHEMA_VERSION = 1
 # Not run again unless asked: an executor that crashed may work next time, one that is missing too.

@@ -1,191 +1,159 @@
-"""Kill a compilation at every step that touches the disk, start it again, compare with an undisturbed one.
+"""Kill the command line at everything that it does to the disk, start it again, compare with an undisturbed run.
 
-    python -m benchmarks.reliability.kills --points 200 --out results.json
-
-A process compiles a small DiT and kills itself (SIGKILL: nothing is flushed, no handler runs) just before its
-n-th event: a file of the artifact opened for writing, renamed or deleted, a folder made, a step of rollouts,
-calibration or export finished. Other points are moments in time, which fall inside of writes. After each kill the
-folder must not load, or load what is whole; the same call again must end with the same hashes.
+``diffcr compile``, and ``calibrate``, ``freeze`` and ``export`` one after the other, run in forks of a prepared
+process. A fork kills itself (SIGKILL: nothing is flushed, no handler runs) just before its n-th event, see
+``events.py``, or is ended by the kernel in the middle of a write. After each kill no file may be torn under its
+final name, and the folder must not load, or load what is whole; the same command again must end with the same
+hashes and leave nothing unfinished behind.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import collections
+import dataclasses
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffcr_compile as dcr
-from benchmarks.reliability.cases import tiny_model
-from diffcr_compile.config import CompileConfig, make_config
-from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import hash_files, read_manifest, verify_artifact
+from benchmarks.reliability import events
+from benchmarks.reliability.folders import is_loadable, leftovers, result_of, torn_files
+from benchmarks.reliability.prepared import Prepared, compile_arguments
 
-RENAMES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-WRITING = os.O_WRONLY | os.O_RDWR
-
-
-def settings() -> CompileConfig:
-    return make_config(
-        {
-            "routing": {"buckets": 2, "multiple_of": 4},
-            "rollouts": {"trajectories": 4, "steps": 4, "batch": 2},
-            "calibration": {"steps": 8, "batch": 4, "save_every": 2},
-        }
-    )
+VERBS = ("compile", "calibrate", "freeze", "export")
+STAGED = VERBS[1:]
+ENDS = (-signal.SIGKILL, -signal.SIGXFSZ)
 
 
-def compile_tiny(out: Path, progress: Callable[..., None] | None = None) -> None:
-    model, inputs = tiny_model()
-    dcr.compile(
-        model, out, example_inputs=inputs, budget="70%", config=settings(), progress=progress
-    )
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a run is killed.
+
+    Attributes:
+        verb: of the command line.
+        number: of the event, from 1.
+        name: of the event.
+        inside: in the write that follows the event, not before the event.
+    """
+
+    verb: str
+    number: int
+    name: str
+    inside: bool
+
+    def __str__(self) -> str:
+        where = "in the write after" if self.inside else "before"
+        return f"{self.verb}: {where} event {self.number}, {self.name}"
 
 
-class Events:
-    """Counts what happens to a folder, and kills this process before the n-th time."""
+class Runs:
+    """Undisturbed runs of every verb: their events, their results, and the folders that later verbs start from."""
 
-    def __init__(self, folder: Path, kill_at: int | None) -> None:
-        self.folder, self.kill_at, self.count = str(folder), kill_at, 0
-        self.names: list[str] = []
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.names = {verb: self._undisturbed(verb) for verb in VERBS}
+        self.expected = result_of(self._after("compile"))
+        if result_of(self._after("export")) != self.expected:
+            raise RuntimeError("stage by stage gives another artifact than compile")
 
-    def watch(self) -> None:
-        sys.addaudithook(self._audit)
+    def arguments(self, verb: str, out: Path) -> list[str]:
+        """The command line of a verb."""
+        return compile_arguments(out, verb) if verb in VERBS[:2] else [verb, str(out)]
 
-    def progress(self, stage: str, done: int, count: int, figures: Mapping[str, Any]) -> None:
-        self._event(f"{stage} {done}/{count}")
+    def start(self, verb: str, out: Path) -> None:
+        """Make `out` what it is before a verb."""
+        shutil.rmtree(out, ignore_errors=True)
+        if verb in STAGED[1:]:
+            shutil.copytree(self._after(STAGED[STAGED.index(verb) - 1]), out)
 
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in RENAMES and event != "open":
-            return
-        path = arguments[0]
-        if not isinstance(path, (str, os.PathLike)) or not str(path).startswith(self.folder):
-            return
-        if event == "open" and not (arguments[2] or 0) & WRITING:
-            return
-        self._event(f"{event} {os.path.relpath(path, self.folder)}")
+    def finish(self, verb: str, out: Path) -> str:
+        """Run a verb and those after it, undisturbed; what went wrong, or nothing."""
+        todo = STAGED[STAGED.index(verb) :] if verb in STAGED else (verb,)
+        for each in todo:
+            status, said = self.prepared.command(self.arguments(each, out))
+            if status != 0:
+                return f"does not resume: {each} ends with {status}: {said[-300:]}"
+        if result_of(out) != self.expected:
+            return "another result"
+        return f"left {leftovers(out)}" if leftovers(out) else ""
 
-    def _event(self, name: str) -> None:
-        self.count += 1
-        self.names.append(name)
-        if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _after(self, verb: str) -> Path:
+        return self.prepared.scratch / f"after_{verb}"
 
+    def _undisturbed(self, verb: str) -> list[str]:
+        out, log = self.prepared.scratch / "out", self.prepared.scratch / f"{verb}.log"
+        self.start(verb, out)
 
-def in_child(work: Callable[[], None], seconds: float | None = None) -> int:
-    """Exit status of `work` in a fork of this process; killed after `seconds` if given."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, 1)
-            os.dup2(sink, 2)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        def watch() -> None:
+            seen = events.Events(out)
+            seen.log = log
+            seen.watch()
 
-
-def result_of(folder: Path) -> dict[str, Any]:
-    """What must be the same at the end: every file's hash, and the schedule."""
-    manifest = read_manifest(folder)
-    verify_artifact(folder, manifest)
-    files = {name: entry["sha256"] for name, entry in hash_files(folder).items()}
-    return {
-        "files": files,
-        "schedule": manifest.schedule,
-        "reached": manifest.budget["reached"],
-    }
+        status, said = self.prepared.command(self.arguments(verb, out), watch)
+        if status != 0:
+            raise RuntimeError(f"undisturbed {verb} ended with {status}: {said[-2000:]}")
+        shutil.copytree(out, self._after(verb))
+        return log.read_text(encoding="utf-8").splitlines()
 
 
-def loads(folder: Path) -> bool:
-    """Whether the folder of a killed run loads; then it must be whole."""
-    try:
-        manifest = read_manifest(folder)
-        verify_artifact(folder, manifest)
-    except ArtifactError:
-        return False
-    return True
+def all_points(names: dict[str, list[str]]) -> list[Point]:
+    """Before every event of every verb, and in every write."""
+    points = []
+    for verb, found in names.items():
+        for index, name in enumerate(found):
+            points.append(Point(verb, index + 1, name, False))
+            if name.startswith("open ") and name not in found[max(0, index - 2) : index]:
+                points.append(Point(verb, index + 1, name, True))
+    return points
 
 
-def run(points: int, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Kill at `points` points, spread over all events and over time."""
-    started = time.monotonic()
+def choose(points: Sequence[Point], count: int, seed: int) -> list[Point]:
+    """`count` of the points, spread evenly over all of them; all if there are not more."""
+    if count >= len(points):
+        return list(points)
     generator = random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        whole, log = Path(scratch) / "whole", Path(scratch) / "events.json"
+    step = len(points) / count
+    return [points[int((i + generator.random()) * step)] for i in range(count)]
 
-        def undisturbed() -> None:
-            events = Events(whole, None)
-            events.watch()
-            compile_tiny(whole, events.progress)
-            log.write_text(json.dumps(events.names))
 
-        began = time.monotonic()
-        if in_child(undisturbed) != 0:
-            raise RuntimeError("the undisturbed run failed")
-        duration = time.monotonic() - began
-        expected, names = result_of(whole), json.loads(log.read_text())
-        places: list[tuple[str, int | float]] = [("event", n + 1) for n in range(len(names))]
-        if len(places) > points:
-            places = sorted(generator.sample(places, points), key=lambda p: p[1])
-        places += [
-            ("time", round(generator.uniform(0.05, duration), 3))
-            for _ in range(points - len(places))
-        ]
-        kills, wrong, unfinished = 0, [], 0
-        for number, (kind, place) in enumerate(places):
-            out = Path(scratch) / "killed"
-
-            def disturbed(kind: str = kind, place: float = place, out: Path = out) -> None:
-                events = Events(out, int(place) if kind == "event" else None)
-                events.watch()
-                compile_tiny(out, events.progress)
-
-            status = in_child(disturbed, float(place) if kind == "time" else None)
-            kills += status == -signal.SIGKILL
-            what = names[int(place) - 1] if kind == "event" else f"{place} s"
-            if status not in (0, -signal.SIGKILL):
-                wrong.append(f"{kind} {what}: ended with {status}")
-            unfinished += not loads(out)
-            if in_child(lambda out=out: compile_tiny(out)) != 0:
-                wrong.append(f"{kind} {what}: does not resume")
-            elif result_of(out) != expected:
-                wrong.append(f"{kind} {what}: another result")
-            shutil.rmtree(out)
-            if number % 20 == 19:
-                report(f"{number + 1} of {len(places)}, {len(wrong)} wrong")
+def run(
+    runs: Runs, count: int, seed: int = 0, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Kill at `count` points of all."""
+    started = time.monotonic()
+    points = all_points(runs.names)
+    chosen = choose(points, count, seed)
+    wrong: list[str] = []
+    figures: collections.Counter[str] = collections.Counter()
+    by_verb: collections.Counter[str] = collections.Counter()
+    for number, point in enumerate(chosen):
+        out = runs.prepared.scratch / "out"
+        runs.start(point.verb, out)
+        status = _killed(runs, point, out)
+        if status in ENDS:
+            figures["inside a write" if point.inside else "before an event"] += 1
+            by_verb[point.verb] += 1
+        elif status != 0:
+            wrong.append(f"{point}: ended with {status}")
+        figures["not loadable"] += out.exists() and not is_loadable(out)
+        wrong += [f"{point}: torn {name}" for name in torn_files(out)]
+        trouble = runs.finish(point.verb, out)
+        wrong += [f"{point}: {trouble}"] if trouble else []
+        if number % 20 == 19:
+            report(f"{number + 1} of {len(chosen)} kills, {len(wrong)} wrong")
     return {
-        "points": len(places), "kills": kills, "events_of_a_run": len(names), "not_loadable_after_the_kill": unfinished,
-        "wrong": wrong, "seed": seed, "seconds": round(time.monotonic() - started, 1),
+        "points": len(points), "kills": sum(by_verb.values()), **{k.replace(" ", "_"): v for k, v in figures.items()},
+        "by_verb": dict(by_verb), "wrong": wrong, "seed": seed, "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    text = json.dumps(run(arguments.points, arguments.seed), indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+def _killed(runs: Runs, point: Point, out: Path) -> int:
+    trap = events.die_in_the_next_write if point.inside else events.kill
 
+    def watch() -> None:
+        events.Events(out, point.number, trap).watch()
 
-if __name__ == "__main__":
-    main()
+    return runs.prepared.command(runs.arguments(point.verb, out), watch)[0]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffcr_compile.manifest import write_json_atomic
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.runtime.latency import machine
 from diffcr_compile.summary import environment
 

@@ -40,6 +40,7 @@ from diffcr_compile.calibrate.run import Run
 from diffcr_compile.calibrate.state import FILE
 from diffcr_compile.calibrate.trained import nothing_else_learns, own_weights
 from diffcr_compile.config import CalibrationConfig
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import (
     AccuracyError,
     EnvironmentMissingError,
@@ -216,7 +217,7 @@ def _finish(run: Run, folder: Path | None) -> CalibrationResult:
     run.program.module.eval()
     if folder and run.ranks.leads:
         lines = "".join(json.dumps(record) + "\n" for record in run.history)
-        (folder / "history.jsonl").write_text(lines)
+        atomic_write_bytes(folder / "history.jsonl", lines.encode())
     return CalibrationResult(
         search.learned,
         search.schedule,

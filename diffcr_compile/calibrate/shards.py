@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.errors import ArtifactError, UsageError
+from diffcr_compile.tensor_file import write_tensors
 
 Shard = dict[str, Tensor]
 Progress = Callable[[str, int, int], None]
@@ -48,21 +48,13 @@ def made_in_shards(
             if folder is None:
                 shards.append(make(number))
             elif number % ranks.count == ranks.rank and not _path(folder, number).exists():
-                save_atomic(make(number), _path(folder, number))
+                write_tensors(_path(folder, number), make(number))
         if folder is not None:
             ranks.wait()
             shards += [_load(_path(folder, number), number, ranks) for number in numbers]
         if progress:
             progress("rollouts", len(shards), count)
     return shards
-
-
-def save_atomic(tensors: Shard, path: Path) -> None:
-    """Write a safetensors file; a crash leaves none or the whole."""
-    temporary = path.with_suffix(".partial")
-    # a model's output may be a transposed view
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
 
 
 def _path(folder: Path, number: int) -> Path:

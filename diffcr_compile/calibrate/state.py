@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffcr_compile.errors import ArtifactError
+from diffcr_compile.tensor_file import write_tensors
 
 FILE = "state.safetensors"
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and JSON-able facts; a crash leaves the old state or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE}.partial"
-    save_file(
-        {n: t.contiguous() for n, t in tensors.items()},
-        temporary,
-        {"facts": json.dumps(facts)},
-    )
-    os.replace(temporary, folder / FILE)
+    write_tensors(folder / FILE, tensors, {"facts": json.dumps(facts)})
 
 
 def load_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

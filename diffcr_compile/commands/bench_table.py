@@ -38,8 +38,8 @@ def bench_table(
     as_json: bool,
 ) -> None:
     """Write the kit, the table, or both."""
+    from diffcr_compile.durable import write_json_atomic
     from diffcr_compile.latency_bench import measure_latency, write_kit
-    from diffcr_compile.manifest import write_json_atomic
 
     routed, config, name = _routed(model, options, given)
     if kit is not None:

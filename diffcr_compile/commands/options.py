@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from diffcr_compile.data_files import parse_yaml
 from diffcr_compile.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="the artifact's folder")]
@@ -69,5 +69,10 @@ def settings(
         key, found, value = text.partition("=")
         if not found:
             raise UsageError(f"--set takes key=value, got {text!r}", code="DCR-U013")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = parse_yaml(value)
+        except ValueError as error:
+            raise UsageError(
+                f"--set {key}: the value is not YAML: {error}", code="DCR-U010"
+            ) from error
     return load_config(config, overrides, defaults)

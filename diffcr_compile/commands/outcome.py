@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from diffcr_compile.commands.terminal import console, say
-from diffcr_compile.errors import UsageError
+from diffcr_compile.data_files import read_json
+from diffcr_compile.errors import ArtifactError, UsageError
 
 SHOWN_STAGES = ("rollouts", "calibrate", "export", "benchmark", "quality")
 
@@ -50,5 +51,12 @@ def read_report(out: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} does not exist; {out} was not finished by diffcr compile or demo", code="DCR-U018"
         )
-    found: dict[str, Any] = json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Run the compilation again with the same -o.", code="DCR-A002"
+        ) from error
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Mapping
@@ -58,14 +59,25 @@ class Terminal:
         if self._log is None:
             return
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        self._log.write(json.dumps({"time": now, "event": kind, **fields}, default=str) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(
+                json.dumps({"time": now, "event": kind, **fields}, default=str) + "\n"
+            )
+            self._log.flush()
+        except OSError as error:  # hours of work do not end for a line of a log
+            self.close()
+            errors.print(
+                f"--log-json: {error}. The log ends here, the work goes on.",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def close(self) -> None:
         """Close the log."""
-        if self._log is not None:
-            self._log.close()
-        self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with contextlib.suppress(OSError):  # what it still holds cannot be written
+                log.close()
 
 
 terminal = Terminal()

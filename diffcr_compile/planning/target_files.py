@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffcr_compile.data_files import read_yaml, short
 from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 
@@ -173,8 +173,8 @@ def _read(path: Path) -> Any:
             f"{path} is not a file; a target is described in a YAML file", code="DCR-U037"
         )
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_yaml(path)
+    except ValueError as error:
         raise UsageError(f"{path} is not YAML: {error}", code="DCR-U037") from error
 
 
@@ -193,7 +193,7 @@ def _checked(kind: type[_Kind], data: Any, path: Path) -> _Kind:
 def _problem(error: Mapping[str, Any]) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']} (found {error['input']!r})"
+        return f"{where}: {error['msg']} (found {short(error['input'])})"
     kinds: tuple[type[_Facts], ...] = (
         TargetFile,
         ImporterFile,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import AccuracyError, UsageError
 from diffcr_compile.report.text import percent0
 from diffcr_compile.report.view import KeepRow, bucket_names, keep_rows, mean_ratios
@@ -29,15 +28,9 @@ def replace_file(path: Path, data: bytes) -> Path:
     """Write ``data`` under a temporary name in the same folder, then rename it to ``path``.
 
     Raises:
-        OSError: the folder is missing or full; an older file at ``path`` is then unchanged.
+        ResourceError: the disk is full or cannot be written; an older file at ``path`` is then unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    atomic_write_bytes(path, data)
     return path
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import sha256_file, write_json_atomic
+from diffcr_compile.manifest import sha256_file
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 from diffcr_compile.runtime.latency import (
@@ -75,7 +76,7 @@ def _read_kit(folder: Path) -> dict[str, Any]:
         ]
         unknown = {g["onnx"] for g in graphs} | {kit["weights"]}
         unknown -= set(kit["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is damaged: {type(error).__name__}: {error}. {again}", code="DCR-A021"
         ) from error

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -16,12 +17,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffcr_compile.errors import UsageError
+from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.runtime.runner import Runner
 
 _OUTPUT = "diffusers.models.modeling_outputs.Transformer2DModelOutput"
+
+
+def class_of_diffusers(name: str, base: str) -> Any:
+    """A class that an artifact names, if it is one of diffusers'; no other code is imported for an artifact.
+
+    Args:
+        name: dotted, as the artifact has it.
+        base: name of a class that it must come from.
+
+    Raises:
+        ArtifactError: it is no such class.
+    """
+    module, _, attribute = name.rpartition(".")
+    if re.fullmatch(r"diffusers(\.\w+)*", module, re.ASCII):
+        with contextlib.suppress(ImportError):
+            found = getattr(importlib.import_module(module), attribute, None)
+            if isinstance(found, type) and any(b.__name__ == base for b in found.__mro__[1:]):
+                return found
+    raise ArtifactError(
+        f"the artifact names {name!r}, which is no {base} of the diffusers that is installed. Code that an "
+        "artifact names is not imported. Install the version that it was made with, or do not use it.",
+        code="DCR-A015",
+    )
 
 
 class Backend(Protocol):
@@ -111,8 +135,7 @@ class CompiledDenoiser(nn.Module):
         return self._output_class()(outputs[0])
 
     def _output_class(self) -> Any:
-        module, _, name = self._output.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        return class_of_diffusers(self._output, "BaseOutput")
 
     def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         ready = {name: self._prepared(name, tensor) for name, tensor in tensors.items()}

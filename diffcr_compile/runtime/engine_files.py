@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import EnginePlan
 from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import Manifest, sha256_file, write_json_atomic
+from diffcr_compile.manifest import Manifest, sha256_file
 from diffcr_compile.runtime.device import MODULES, Device
 
 ENGINES = "engines"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import UsageError
-from diffcr_compile.manifest import atomic_write_bytes
 
 Array = npt.NDArray[Any]
 _KIND = "polygraphy_class"

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from diffcr_compile.durable import PARTIAL_SUFFIX
 from diffcr_compile.engine_plan import EnginePlan, plan_engines
 from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
 from diffcr_compile.export.device.trtexec import UNCHECKED
-from diffcr_compile.manifest import PARTIAL_SUFFIX, Manifest, sha256_file, verify_artifact
+from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
 from diffcr_compile.runtime.device import Device
 from diffcr_compile.runtime.engine_files import (
     ENGINES,

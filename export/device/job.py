@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import EngineSpec, ProfileSpec
-from diffcr_compile.manifest import sha256_file, write_json_atomic
+from diffcr_compile.manifest import sha256_file
 from diffcr_compile.runtime.engine_files import PlanFile, plan_file, read_plan_file
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import EnginePlan
 from diffcr_compile.errors import ArtifactError
-from diffcr_compile.manifest import write_json_atomic
 
 LAYERS_FILE = "layers.json"
 NODE_MAP = "model/node_map.json"

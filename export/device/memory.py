@@ -106,7 +106,7 @@ def read_activations(artifact: Path, fused: bool = False) -> list[int]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [int(row["fused" if fused else "plain"]) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}. Copy the artifact again, or make it anew with diffcr compile.",
             code="DCR-A004",

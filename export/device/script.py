@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.engine_plan import (
     ENGINE_MODES,
     EngineMode,
@@ -20,7 +21,7 @@ from diffcr_compile.export.device.trtexec import (
     trtexec_arguments,
     unchecked_plan,
 )
-from diffcr_compile.manifest import Manifest, atomic_write_bytes
+from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.engine_files import made_from
 
 SCRIPT = "build_on_device.sh"

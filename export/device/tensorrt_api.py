@@ -63,7 +63,7 @@ def build_engine(
             code="DCR-M004",
         )
     if cache is not None and timing_cache is not None:
-        from diffcr_compile.manifest import atomic_write_bytes
+        from diffcr_compile.durable import atomic_write_bytes
 
         atomic_write_bytes(timing_cache, bytes(cache.serialize()))
     return bytes(engine)

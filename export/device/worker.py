@@ -13,10 +13,10 @@ import threading
 import time
 from typing import Any
 
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import DiffCRError
 from diffcr_compile.export.device.job import BuildJob
 from diffcr_compile.export.device.tensorrt_api import build_engine
-from diffcr_compile.manifest import atomic_write_bytes
 from diffcr_compile.runtime.device import tensorrt_module
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.reliability import events
 from benchmarks.reliability.folders import is_loadable, snapshot, torn_files
-from benchmarks.reliability.kills import VERBS, Runs, choose
+from benchmarks.reliability.kills import Runs, choose
 
 ANSWERS = (errno.ENOSPC, errno.EROFS, errno.EACCES)
 DISK_BYTES = 1 << 25
@@ -61,7 +61,7 @@ class Fault:
 def all_faults(runs: Runs) -> list[Fault]:
     """An answer to every event, an error for every file that is read, a full disk at every file that is begun."""
     found = []
-    for verb in VERBS:
+    for verb in runs.names:
         for index, name in enumerate(runs.names[verb]):
             if name.startswith(("open ", "os.")):
                 found.append(Fault("answer", verb, index + 1, name, ANSWERS[index % 3]))
@@ -105,7 +105,7 @@ def run(
         wrong += stages
     return {
         "points": len(every), "faults": dict(kinds), "outcomes": dict(sorted(outcomes.items())),
-        "mounted": disk.mounted, "read_only_stages": len(VERBS) if disk.mounted else 0, "wrong": wrong,
+        "mounted": disk.mounted, "read_only_stages": len(runs.names) if disk.mounted else 0, "wrong": wrong,
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
@@ -210,7 +210,7 @@ def disk_words(said: str) -> str | None:
 def _read_only(runs: Runs, disk: Disk) -> list[str]:
     """Every verb on a disk that became read-only before it; what is wrong."""
     wrong = []
-    for verb in VERBS:
+    for verb in runs.names:
         runs.start(verb, disk.out)
         disk.out.mkdir(exist_ok=True)
         before = snapshot(disk.out)

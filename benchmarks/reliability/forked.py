@@ -1,12 +1,13 @@
 """Kills and disk faults, in a process of their own: forks want a process without threads.
 
-python -m benchmarks.reliability.forked --kills 10000 --faults 10000 --out results.json
+python -m benchmarks.reliability.forked --kills 300 --faults 300 --out results.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from benchmarks.reliability import faults, kills
 from benchmarks.reliability.prepared import Prepared
 
 
-def run(kill_count: int, fault_count: int, seed: int = 0) -> dict[str, Any]:
+def run(
+    kill_count: int, fault_count: int, seed: int = 0, verbs: Sequence[str] = kills.VERBS
+) -> dict[str, Any]:
     """Both, on the same undisturbed runs."""
     torch.set_num_threads(1)
     with Prepared() as prepared:
-        runs = kills.Runs(prepared)
+        runs = kills.Runs(prepared, verbs)
         return {
             "kills": kills.run(runs, kill_count, seed),
             "faults": faults.run(runs, fault_count, seed),
@@ -30,12 +33,13 @@ def run(kill_count: int, fault_count: int, seed: int = 0) -> dict[str, Any]:
 def main() -> None:
     """Run them and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10_000)
-    parser.add_argument("--faults", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbs", nargs="+", choices=kills.VERBS, default=kills.VERBS)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    text = json.dumps(run(given.kills, given.faults, given.seed), indent=1)
+    text = json.dumps(run(given.kills, given.faults, given.seed, given.verbs), indent=1)
     given.out.write_text(text + "\n")
     print(text)
 

@@ -1,6 +1,7 @@
 """A process that has everything ready for the command line, and forks: a killed run costs seconds, not a minute.
 
-What needs no disk is done once: imports, the capture, the routed program. Conversions to ONNX, which are a pure
+What needs no disk is done once: imports, the capture, the routed program. The checks after each pass, which need
+none either, are left out in the forks. Conversions to ONNX, which are a pure
 function of a program and most of a compilation's time, are kept by a fingerprint of the whole program, weights
 included: a run that resumes to other weights or another graph has another fingerprint and is converted anew.
 Everything that reads or writes the artifact is run as it is, by the command line's own ``main``.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -29,7 +31,10 @@ from diffcr_compile import api, budgets, cli
 from diffcr_compile.config import CompileConfig, make_config
 from diffcr_compile.export import artifact as artifact_module
 from diffcr_compile.export.onnx_model import export_graph
+from diffcr_compile.passes import base
+from diffcr_compile.planning.targets import all_targets
 from diffcr_compile.program import Program
+from diffcr_compile.report import html
 from diffcr_compile.stages import captured, routed_program
 
 MODEL = "python:benchmarks.reliability.cases:hand_model"
@@ -67,7 +72,9 @@ class Prepared:
         model, inputs = hand_model()
         self._dense = captured(model, inputs, config.routing, model)
         self._routed = routed_program(self._dense, config.routing, config.calibration.seed)
+        self._template = html._template()
         self._costs = budgets.cost_table(self._routed, config.routing)
+        _read_once()
         self._kept = Path(tempfile.mkdtemp(prefix="conversions"))
         self.scratch = Path(tempfile.mkdtemp(prefix="reliability"))
 
@@ -104,6 +111,8 @@ class Prepared:
             mock.patch.object(api, "routed_program", return_value=self._routed),
             mock.patch.object(api, "cost_table", return_value=self._costs),
             mock.patch.object(budgets, "cost_table", return_value=self._costs),
+            mock.patch.object(base, "verify"),
+            mock.patch.object(html, "_template", return_value=self._template),
             mock.patch.object(artifact_module, "export_graph", self._converted),
             mock.patch.object(
                 artifact_module,
@@ -121,6 +130,18 @@ class Prepared:
             model.write_bytes(made.SerializeToString(deterministic=True))
             nodes.write_text(json.dumps(places))
         return onnx.load_from_string(model.read_bytes()), json.loads(nodes.read_text())
+
+
+def _read_once() -> None:
+    """Import what a compilation imports late, and read the descriptions of devices, which are kept."""
+    for name in (
+        "onnxruntime",
+        "diffcr_compile.summary",
+        "diffcr_compile.report",
+        "diffcr_compile.bench",
+    ):
+        importlib.import_module(name)
+    all_targets()
 
 
 def fingerprint(program: Program) -> str:

@@ -1,7 +1,7 @@
 """A process that has everything ready for the command line, and forks: a killed run costs seconds, not a minute.
 
-What needs no disk is done once: imports, the capture, the routed program. The checks after each pass, which need
-none either, are left out in the forks. Conversions to ONNX, which are a pure
+What needs no disk is done once: imports, the capture, the routed program. The checks after each pass and the
+timing of the sampling loop, which need none either, are left out in the forks. Conversions to ONNX, which are a pure
 function of a program and most of a compilation's time, are kept by a fingerprint of the whole program, weights
 included: a run that resumes to other weights or another graph has another fingerprint and is converted anew.
 Everything that reads or writes the artifact is run as it is, by the command line's own ``main``.
@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from benchmarks.reliability.cases import hand_model
-from diffcr_compile import api, budgets, cli
+from diffcr_compile import api, bench, budgets, cli
 from diffcr_compile.config import CompileConfig, make_config
 from diffcr_compile.export import artifact as artifact_module
 from diffcr_compile.export.onnx_model import export_graph
@@ -72,7 +72,7 @@ class Prepared:
         model, inputs = hand_model()
         self._dense = captured(model, inputs, config.routing, model)
         self._routed = routed_program(self._dense, config.routing, config.calibration.seed)
-        self._template = html._template()
+        self._template, self._time = html._template(), bench.best_sampling_loops
         self._costs = budgets.cost_table(self._routed, config.routing)
         _read_once()
         self._kept = Path(tempfile.mkdtemp(prefix="conversions"))
@@ -112,6 +112,7 @@ class Prepared:
             mock.patch.object(api, "cost_table", return_value=self._costs),
             mock.patch.object(budgets, "cost_table", return_value=self._costs),
             mock.patch.object(base, "verify"),
+            mock.patch.object(bench, "best_sampling_loops", self._timed),
             mock.patch.object(html, "_template", return_value=self._template),
             mock.patch.object(artifact_module, "export_graph", self._converted),
             mock.patch.object(
@@ -121,6 +122,13 @@ class Prepared:
             ),
         ):
             yield
+
+    def _timed(self, *arguments: Any) -> dict[str, Any]:
+        kept = self._kept / "timed.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self._time(*arguments)))
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
 
     def _converted(self, program: Program) -> tuple[onnx.ModelProto, dict[str, str]]:
         name = fingerprint(program)

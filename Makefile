@@ -2,6 +2,7 @@
 #   make demo OUT=folder            where the artifact goes (default: out)
 #   make test PYTHON=python3.12     another interpreter; VENV=folder for another environment
 #   make venv PIP_ARGS="..."        more arguments for every `pip install`, such as PyTorch's CPU wheel index
+#   make venv HASHES=               by version only, where packages are installed by sha256 otherwise
 
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
@@ -20,28 +21,47 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 EXTRAS := cpu,dev,diffusers,docs,quality,report,rtx
 BENCHMARKS := quality_reference routing_overhead speedup peers cost_model export_cost artifact_size load_memory
+AUDIT := pip-audit==2.10.1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS)
+PIP_INSTALL := $(PIP) -c constraints.txt
+# files are checked by sha256 where interpreter and platform are those of the list, unless PIP_ARGS asks for other files
+LOCK := requirements-ci.txt
+IS_LOCKED := import platform as p, sys; sys.exit((p.python_implementation(), *sys.version_info[:2], sys.platform, \
+  p.machine()) != ("CPython", 3, 11, "linux", "x86_64"))
+ifeq ($(strip $(PIP_ARGS)),)
+HASHES ?= $(shell $(PYTHON) -c '$(IS_LOCKED)' 2>/dev/null && echo $(LOCK))
+endif
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: help venv demo test lint docs bench soak clean
+.PHONY: help venv demo test lint docs bench soak sbom audit clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 venv: $(STAMP) ## the pinned environment in .venv
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "make: $(PYTHON) is missing or older than 3.10; call make with PYTHON=<a newer one>" >&2; exit 1; }
 	@# an environment without pip was interrupted while it was made
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "make: installing the pinned packages into $(VENV) (minutes the first time)"
+ifneq ($(HASHES),)
+	@# setuptools first: one package is built from its source, and nothing may be fetched unseen for that
+	sed -n '/^setuptools==/,/[0-9a-f]$$/p' $(HASHES) >$(VENV)/first.txt
+	$(PIP) --require-hashes --no-deps -r $(VENV)/first.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation -r $(HASHES)
+	@# nothing is left to do for a CPU build of torch; the CUDA build gets the libraries that it pins itself
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP) --no-deps --no-build-isolation -e .
+else
 	@# torch first and by its pin: a range would let another package pull the newest, largest build
 	$(PIP_INSTALL) "$(TORCH)"
 	$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+endif
 	@touch $@
 
 demo: $(STAMP) ## compile the reference DiT into OUT: artifact and report
@@ -66,8 +86,17 @@ bench: $(STAMP) ## each benchmark once, in its short form
 	  echo "make: benchmarks/$$name.py --smoke"; $(BIN)/python -m benchmarks.$$name --smoke; \
 	done
 
-soak: $(STAMP) ## the long tests
+soak: $(STAMP) ## the long tests, and those that draw their cases with many more of them
 	$(BIN)/python -m pytest -q -m soak --durations=0 $(PYTEST_ARGS)
+	DIFFCR_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/test_corrupted_inputs.py $(PYTEST_ARGS)
+
+sbom: $(STAMP) ## bill of materials of the environment (CycloneDX) in build/sbom.json
+	$(BIN)/python .ci/sbom.py build/sbom.json
+
+audit: $(STAMP) ## known vulnerabilities of the packages that CI installs; fails where no database can be reached
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install -q "$(AUDIT)"; }
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps -r $(LOCK)
 
 clean: ## caches and build by-products; keeps .venv, build/ and artifacts
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist *.egg-info

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.samplers import FlowEuler
-from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
+from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
 from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half

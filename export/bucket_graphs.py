@@ -14,11 +14,11 @@ from typing import Any
 from onnx import ModelProto
 
 from diffcr_compile import routing
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.export.at_kept_tokens import at_kept_tokens
 from diffcr_compile.export.profiles_graph import BucketGroup, group_buckets, open_program
 from diffcr_compile.export.weights import WeightsWriter
-from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.passes.open_kept_tokens import input_name
 from diffcr_compile.program import Program
 

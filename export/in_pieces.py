@@ -17,8 +17,8 @@ import numpy.typing as npt
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.durable import PARTIAL_SUFFIX
+from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 

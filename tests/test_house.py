@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"venv", "demo", "test", "lint", "docs", "bench", "soak"}
+TARGETS = {"venv", "demo", "test", "lint", "docs", "bench", "soak", "sbom"}
 EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "lora", "report", "quality", "docs", "dev"}
 # packages that `make` does not install, so constraints.txt has no pin for them
 UNPINNED = {"onnxruntime-gpu", "tensorrt"}
@@ -248,18 +249,44 @@ def test_makefile_has_the_targets() -> None:
 def test_make_sets_up_torch_by_its_pin_before_anything_else(
     target: str, tmp_path: Path
 ) -> None:
-    # a dry run against an environment that does not exist yet: what a fresh machine would do
-    command = ["make", "-n", target, f"VENV={tmp_path / 'fresh'}"]
+    installs = _installs(target, tmp_path, "HASHES=")
+    assert len(installs) == 2
+    assert "-c constraints.txt" in installs[0]
+    assert re.search(r'"torch==\d+\.\d+\.\d+"$', installs[0])
+    assert "-e " in installs[1]
+
+
+def test_make_installs_by_hash_where_the_list_is_for_this_machine(tmp_path: Path) -> None:
+    here = (
+        platform.python_implementation(),
+        sys.version_info[:2],
+        sys.platform,
+        platform.machine(),
+    )
+    is_locked = here == ("CPython", (3, 11), "linux", "x86_64")
+    installs = _installs("venv", tmp_path, f"PYTHON={sys.executable}")
+    hashed = [line for line in installs if "--require-hashes --no-deps" in line]
+    assert len(hashed) == (2 if is_locked else 0)
+    assert not [
+        line for line in _installs("venv", tmp_path, "PIP_ARGS=-v") if "hashes" in line
+    ]
+    for line in installs if is_locked else []:
+        assert (
+            line in hashed
+            or "torch==" in line
+            or line.endswith("--no-deps --no-build-isolation -e .")
+        )
+
+
+def _installs(target: str, tmp_path: Path, *arguments: str) -> list[str]:
+    """The ``pip install`` lines of a dry run against an environment that does not exist yet: a fresh machine."""
+    command = ["make", "-n", target, f"VENV={tmp_path / 'fresh'}", *arguments]
     # the flags of a `make test` that runs these tests are none of this one's
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment
     )
-    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
-    assert len(installs) == 2
-    assert "-c constraints.txt" in installs[0]
-    assert re.search(r'"torch==\d+\.\d+\.\d+"$', installs[0])
-    assert "-e " in installs[1]
+    return [line for line in done.stdout.splitlines() if "pip install" in line]
 
 
 def test_ci_calls_lint_and_test() -> None:

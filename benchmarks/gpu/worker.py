@@ -21,8 +21,8 @@ from benchmarks.gpu.engines import Engine, UnavailableError
 from benchmarks.gpu.half_onnx import write_half
 from benchmarks.gpu.models import Routed, frozen, make_routed
 from benchmarks.gpu.parity import References, parity_rows, references, to_arrays
-from diffcr_compile.errors import one_line
 from diffcr_compile.durable import write_json_atomic
+from diffcr_compile.errors import one_line
 
 # Below this share of free memory, models of earlier cases are dropped.
 SCARCE = 0.4

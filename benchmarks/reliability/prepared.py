@@ -130,7 +130,8 @@ class Prepared:
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
 
-    def _converted(self, program: Program) -> tuple[onnx.ModelProto, dict[str, str]]:
+    def _converted(self, program: Program, *_: Any) -> tuple[onnx.ModelProto, dict[str, str]]:
+        """The graph with its weights inside; who asked for it moves them into the file of weights."""
         name = fingerprint(program)
         model, nodes = self._kept / f"{name}.onnx", self._kept / f"{name}.json"
         if not nodes.exists():

@@ -53,6 +53,9 @@ ifneq ($(HASHES),)
 	@# setuptools first: one package is built from its source, and nothing may be fetched unseen for that
 	sed -n '/^setuptools==/,/[0-9a-f]$$/p' $(HASHES) >$(VENV)/first.txt
 	$(PIP) --require-hashes --no-deps -r $(VENV)/first.txt
+	@# of torch the build for the CPU where pip finds it; a hash that is known makes pip prefer the other one
+	sed -n '/^torch==/,/[0-9a-f]$$/p' $(HASHES) | sed 's/^torch==[0-9.]*/&+cpu/' >$(VENV)/torch.txt
+	$(PIP) --require-hashes --no-deps -r $(VENV)/torch.txt 2>/dev/null || echo "make: no CPU build of torch here, taking PyPI's"
 	$(PIP) --require-hashes --no-deps --no-build-isolation -r $(HASHES)
 	@# nothing is left to do for a CPU build of torch; the CUDA build gets the libraries that it pins itself
 	$(PIP_INSTALL) "$(TORCH)"

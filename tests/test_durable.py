@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffcr_compile import cli, durable
@@ -168,6 +168,7 @@ def test_a_log_that_cannot_grow_ends_and_the_work_goes_on(
 # ---------------------------------------------------------------- tensors
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(max_size=6).filter(lambda name: name != "__metadata__"),

@@ -66,7 +66,7 @@ CHOSEN_NAMES = {
     "diffcr_compile/sources.py": "the user, who writes python:<module>:<factory>",
 }
 SUFFIXES = {
-    "", ".py", ".md", ".json", ".yaml", ".yml", ".toml", ".txt", ".typed", ".j2", ".png", ".safetensors",
+    "", ".py", ".md", ".json", ".jsonl", ".cpp", ".yaml", ".yml", ".toml", ".txt", ".typed", ".j2", ".png", ".safetensors",
 }  # fmt: skip
 BOMB = "!!python/object/apply:os.system ['touch pwned']"
 

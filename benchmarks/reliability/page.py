@@ -105,7 +105,7 @@ computes. Sign the folder where that matters.
 def _modules(found: Found) -> str:
     return f"""## Random models
 
-{found["blocks"]["legal"]} blocks that treat tokens alike and {found["blocks"]["illegal"]} that do not, in {found["models"]} models with arguments in either
+{f"Tried on {found['date']}: " if "date" in found else ""}{found["blocks"]["legal"]} blocks that treat tokens alike and {found["blocks"]["illegal"]} that do not, in {found["models"]} models with arguments in either
 order, masks, tables, tuples and two layouts. Every block of the first kind was routed, every one of the second refused with
 a reason; routed models equalled the dense one bit for bit with all tokens kept, a slow reference on half of them within
 1e-4, and ONNX Runtime agreed within 1e-4.
@@ -124,22 +124,26 @@ are all that a checkpoint holds ({long["state_bytes"]:,} bytes at the end), each
 
 
 def _determinism(found: Found) -> str:
-    small, reference = found["processes"]
+    def row(each: Found, how: str) -> str:
+        if each["different"]:
+            return f"* {each['model']}, {how}: differs in {_names(each['different'])}"
+        return f"* {each['model']}, {how}: {each['files']} files and the manifest are equal"
+
     rows = [
-        f"* {row['model']}, exported with {', '.join(row['threads'])} threads: "
-        + (f"differs in {_names(row['different'])}" if row["different"] else f"{row['files']} files equal")
-        for row in found["threads"]
-    ]  # fmt: skip
-    threads = "\n".join(rows)
-    wrong = [line for row in found["processes"] for line in row["different"]]
+        row(each, f"compiled in {each['processes']} processes") for each in found["processes"]
+    ]
+    rows += [
+        row(each, f"calibrated once, exported with {', '.join(each['threads'])} threads")
+        for each in found["threads"]
+    ]
+    listed = "\n".join(rows)
     return f"""## Determinism
 
 The same inputs, seed, versions and number of threads give the same bytes: schedule, ONNX files, weights, golden outputs and
-manifest, but for `created` and with it the manifest's checksum. Compared were {small["processes"]} compilations of a small model and {reference["processes"]} of the
-reference model, in processes with other seeds of Python's hashes, other folders, locales and time zones, and with
-assertions off: {f"different: {_names(wrong)}" if wrong else "no difference"}. What was calibrated once gives, frozen and exported with other numbers of threads:
+manifest, but for `created` and with it the manifest's checksum. The processes that are compared have other seeds of Python's
+hashes, other folders, locales and time zones, and assertions off.
 
-{threads}
+{listed}
 
 Where it cannot be so: a calibration with another number of threads, on another CPU or another device ends with weights that
 differ in their last digits, because sums of floating-point numbers are split otherwise; nothing is made slower to hide that.

@@ -52,9 +52,12 @@ def columns(levels: Mapping[str, tuple[int, ...]], count: int) -> dict[str, Colu
     return found
 
 
-def measure(width: int, blocks: int, tokens: int, rounds: int, count: int) -> dict[str, Any]:
+def measure(
+    width: int, blocks: int, tokens: int, rounds: int, count: int, steps: int = 8
+) -> dict[str, Any]:
+    """Predictions and measurements of a model, each block at `steps` numbers of kept tokens at most."""
     _, routed = routed_dit(width, blocks, tokens, 1)
-    config = RoutingConfig(multiple_of=tokens // 8, min_keep_ratio=0.25)
+    config = RoutingConfig(multiple_of=tokens // steps, min_keep_ratio=max(0.25, 1 / steps))
     levels = levels_of_blocks(routed, config.multiple_of, config.min_keep_ratio)
     table, costs, refused = measured_costs(routed, config, levels, rounds)
     wanted = columns(levels, count)
@@ -129,10 +132,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out = record_path("cost_model", args.out, args.smoke)
     cases = [(64, 2, 64)] if args.smoke else [(384, 6, 1024), (192, 6, 256)]
-    rounds, count = (7, 1) if args.smoke else (args.rounds, 4)
+    rounds, count, steps = (7, 1, 2) if args.smoke else (args.rounds, 4, 8)
     found = []
     for case in cases:
-        found.append(measure(*case, rounds, count))
+        found.append(measure(*case, rounds, count, steps))
         write_record(args.out, {"threads": 1, "cases": found})
     for row in found:
         print(

@@ -159,7 +159,10 @@ def main() -> None:
         "batch": args.batch,
         "kept_tokens": {f"span_{n}": column for n, column in COLUMNS.items()},
         "measured": threads,
-        "blocks": [block_overhead(*size, 7 if args.smoke else 40) for size in sizes],
+        "blocks": [
+            block_overhead(*size, *((7, (0.95, 0.5)) if args.smoke else (40,)))
+            for size in sizes
+        ],
     }
     write_record(args.out, report)
     for part in threads:

@@ -55,7 +55,7 @@ def test_peers(tmp_path: Path) -> None:
 
 
 def test_routing_overhead(tmp_path: Path) -> None:
-    row = block_overhead(64, 64, 7)
+    row = block_overhead(64, 64, 7, (0.95, 0.5))
     assert 0 < row["routing_in_place"]["share"] < 1
     assert "| 64 | 64 |" in section("routing_overhead", {"blocks": [row]}, tmp_path)
 
@@ -69,13 +69,9 @@ def test_break_even_is_interpolated() -> None:
 def test_cost_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # seven rounds of microseconds are no table that a budget may be solved over
     monkeypatch.setattr("diffcr_compile.latency_table._check_table", lambda *_: None)
-    case = cost_model.measure(64, 2, 64, 7, 1)
-    assert {row["schedule"] for row in case["rows"]} == {
-        "random 0",
-        "uniform",
-        "late blocks least",
-    }
-    assert "random 0" in section("cost_model", {"cases": [case]}, tmp_path)
+    case = cost_model.measure(64, 2, 64, 7, 0, 2)
+    assert {row["schedule"] for row in case["rows"]} == {"uniform", "late blocks least"}
+    assert "late blocks least" in section("cost_model", {"cases": [case]}, tmp_path)
 
 
 def test_export_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,9 @@ def routing_only(block: Program) -> Program:
     return block.with_graph(graph)
 
 
-def block_overhead(width: int, tokens: int, rounds: int) -> dict[str, Any]:
+def block_overhead(
+    width: int, tokens: int, rounds: int, ratios: tuple[float, ...] = KEEP_RATIOS
+) -> dict[str, Any]:
     """Shares of the dense block's time on ONNX Runtime CPU, one thread, batch 1."""
     _, routed = routed_dit(width, 2, tokens, 1)
     group = block_groups(routed, levels_of_blocks(routed, tokens // 4, 0.25))[0]
@@ -38,7 +40,7 @@ def block_overhead(width: int, tokens: int, rounds: int) -> dict[str, Any]:
         "dense": group.at(tokens),
         "routing": routing_only(group.at(round(ALONE * tokens))),
     }
-    programs |= {str(ratio): group.at(round(ratio * tokens)) for ratio in KEEP_RATIOS}
+    programs |= {str(ratio): group.at(round(ratio * tokens)) for ratio in ratios}
     inputs = {n: t.numpy() for n, t in group.program.example.items()}
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +52,7 @@ def block_overhead(width: int, tokens: int, rounds: int) -> dict[str, Any]:
         timings = in_turns(runs, "dense", 0.002, rounds)
         files = (Path(folder) / f"{ALONE}.onnx", Path(folder) / "dense.onnx")
         inside = share_in_place(*files, inputs)
-    shares = {str(ratio): timings[str(ratio)].share for ratio in KEEP_RATIOS}
+    shares = {str(ratio): timings[str(ratio)].share for ratio in ratios}
     return {
         "width": width,
         "tokens": tokens,

@@ -85,6 +85,8 @@ class Runner:
         if backend == "onnxruntime":
             if swap:
                 raise UsageError("swap=True is for engines: backend='tensorrt'")
+            if verify:  # before anything follows a path or a number in the manifest
+                verify_artifact(self.folder, self.manifest)
             graphs = bucket_graphs(self.manifest, share_weights)
             if verify:
                 self._verify_graphs(graphs)
@@ -108,7 +110,6 @@ class Runner:
         self.backend.close()
 
     def _verify_graphs(self, graphs: Sequence[BucketGraph]) -> None:
-        verify_artifact(self.folder, self.manifest)
         weights = self.folder / self.manifest.weights
         for graph in {graph.onnx: graph for graph in graphs}.values():
             open_lengths = [

@@ -125,6 +125,11 @@ class Program:
         return batch_size(self.example)
 
     @property
+    def device(self) -> torch.device:
+        """Where the example inputs lie, and with them the model."""
+        return next(iter(self.example.values())).device
+
+    @property
     def fixed_inputs(self) -> dict[str, Tensor]:
         """Tensors among the model's inputs that are constants of the graph, by name."""
         return {

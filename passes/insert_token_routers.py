@@ -57,7 +57,6 @@ class InsertTokenRouters(Pass):
         if not program.blocks:
             return PassResult(program, 0)
         graph = program.copy_graph()
-        device = next(iter(program.example.values())).device
         selectors: dict[str, nn.Module] = {}
         routed = []
         for number, spec in enumerate(program.blocks):
@@ -65,7 +64,7 @@ class InsertTokenRouters(Pass):
             image = output_node(block, spec.output)
             if image is None:  # nobody reads its image stream, so there is nothing to put back
                 continue
-            selectors[selector_name(spec.name)] = self._selector(spec, number, device)
+            selectors[selector_name(spec.name)] = self._selector(spec, number, program.device)
             _route(graph, block, image, spec)
             routed.append(spec)
         result = program.with_graph(

@@ -71,9 +71,8 @@ class OpenKeptTokens(Pass):
                 with graph.inserting_before(select):
                     kept = graph.call_function(routing.kept_length, (inputs[name],))
                 select.update_arg(1, kept)
-        device = next(iter(program.example.values())).device
         example = {
-            input_name(block): torch.zeros(kept, device=device)
+            input_name(block): torch.zeros(kept, device=program.device)
             for block, kept in self.kept.items()
         }
         result = program.with_graph(

@@ -59,8 +59,7 @@ class TeacherStates:
 
     def where(self, program: Program) -> TeacherStates:
         """The same, with batches on the device of a program."""
-        device = next(iter(program.example.values())).device
-        return dataclasses.replace(self, device=device)
+        return dataclasses.replace(self, device=program.device)
 
     def by_bucket(self, buckets: TimestepBuckets) -> list[Tensor]:
         """Indices of the states of each bucket.

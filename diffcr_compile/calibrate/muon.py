@@ -7,7 +7,6 @@ blocks are alike, so their matrices go through Newton-Schulz in one batched prod
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -72,7 +71,7 @@ def stacks(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
     for (shape, _, _), positions in alike.items():
         most = max(1, LARGEST_STACK // shape.numel())
         for start in range(0, len(positions), most):
-            yield list(itertools.islice(positions, start, start + most))
+            yield positions[start : start + most]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

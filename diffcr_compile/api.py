@@ -53,6 +53,7 @@ from diffcr_compile.resumable import (
     workspace_of,
 )
 from diffcr_compile.runtime import load
+from diffcr_compile.runtime.backend import check_provider
 from diffcr_compile.schedule import TokenSchedule, check_budget
 from diffcr_compile.stages import (
     Data,
@@ -330,7 +331,10 @@ def compile(
         UnsupportedModelError, BudgetError, UsageError, ArtifactError, AccuracyError: see each stage.
     """
     config = config or CompileConfig()
-    find_targets(config.export.target)  # a wrong name is said before hours of work
+    # before hours of work: a wrong name, and no ONNX Runtime to compare the graphs in
+    find_targets(config.export.target)
+    if until not in ("calibrate", "freeze"):
+        check_provider("cpu")
     share = parse_budget(budget)
     if config.run.budget is None:
         config = config.with_run("budget argument", budget=str(budget))

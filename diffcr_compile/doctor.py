@@ -13,6 +13,8 @@ NEEDED_FOR = {
     "onnxruntime": "validate, bench and run on the CPU",
     "onnxruntime-gpu": "run on a CUDA device",
     "diffusers": "the reference model and diffusers: sources",
+    "transformers": "pipelines of diffusers",
+    "accelerate": "pipelines of diffusers, loaded with little memory",
     "peft": "calibration.train: lora",
     "jinja2": "report",
     "pillow": "report",

@@ -158,6 +158,8 @@ _ROWS = (
      "Read what it printed, and start all of them again with the same settings: they go on from the last saved state."),
     ("DCR-E011", "peft is missing", "calibration.train is lora, whose adapters are peft's.",
      "pip install diffcr-compile[lora]."),
+    ("DCR-E012", "a package of the pipeline is missing", "The model is read by diffusers, which is not installed, is older than the pipeline, or lacks a package such as transformers.",
+     "pip install -U diffcr-compile[diffusers], and what else the message names."),
     # ---------------------------------------------------------------- resources, exit status 5
     ("DCR-R000", "memory or disk does not suffice", "The message has what is needed and what is there.", "Free some, or lower what the message names."),
     ("DCR-R001", "the output folder cannot be written", "The folder, or the one above it, is not writable, the disk is full, or it answers with errors. What was finished before is unchanged, and no file is left half written.",

@@ -17,7 +17,7 @@ from torch import nn
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.pipelines import FEW_STEPS, PipelineRuns, open_pipeline
 from diffcr_compile.data_files import read_json, read_yaml
-from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.errors import EnvironmentMissingError, UnsupportedModelError, UsageError
 from diffcr_compile.vector_math import settle_vector_math
 
 # A model is read from its folder only, as data: no download, no code that it brings, no pickle.
@@ -74,6 +74,7 @@ def load_case(
 
 
 def _demo_case() -> Case:
+    load_diffusers()
     from diffcr_compile.reference import demo
 
     return Case(demo.load_reference_dit(), demo.example_inputs(), demo.draw_labels, demo.NAME)
@@ -169,12 +170,9 @@ def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, A
 
 def _load_pipeline(folder: Path) -> Any:
     """A pipeline from disk; a component that was not saved is None."""
-    from diffusers import DiffusionPipeline
-
+    diffusers = load_diffusers()
     index = _pipeline_index(folder)
-    kind = getattr(
-        importlib.import_module("diffusers"), index["_class_name"], DiffusionPipeline
-    )
+    kind = _pipeline_class(index, folder)
     expected = {*inspect.signature(kind.__init__).parameters} - {"self", "args", "kwargs"}
     named = {name for name, value in index.items() if isinstance(value, list)}
     absent = {
@@ -182,11 +180,50 @@ def _load_pipeline(folder: Path) -> Any:
     }
     absent |= {n: None for n in named if index[n][0] is None}
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), **ONLY_DATA, **absent)
-    except (OSError, ValueError, ImportError) as error:
+        return diffusers.DiffusionPipeline.from_pretrained(str(folder), **ONLY_DATA, **absent)
+    except ImportError as error:
+        raise _missing(f"{folder} needs a package that is not here: {error}") from error
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder} is no pipeline that diffusers can load here: {error}"
         ) from error
+
+
+def load_diffusers() -> Any:
+    """The package diffusers.
+
+    Raises:
+        EnvironmentMissingError: it is not installed.
+    """
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise _missing(f"diffusers cannot be imported: {error}") from error
+
+
+def _pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
+    """The class of a saved pipeline, with all packages that it needs."""
+    diffusers = load_diffusers()
+    name = index["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise _missing(
+            f"{folder} is a {name}, which diffusers {diffusers.__version__} does not have; the folder was saved with "
+            f"{index.get('_diffusers_version', 'an unknown version')}"
+        )
+    try:
+        # in the place of a class whose packages are missing stands one that names them in `_backends`
+        diffusers.utils.requires_backends(kind, getattr(kind, "_backends", []))
+    except ImportError as error:
+        words = " ".join(str(error).split())
+        raise _missing(f"{folder} cannot be read here: {words}") from error
+    return kind
+
+
+def _missing(message: str) -> EnvironmentMissingError:
+    return EnvironmentMissingError(
+        f"{message}. Install: pip install 'diffcr-compile[diffusers]'", code="DCR-E012"
+    )
 
 
 def _pipeline_index(folder: Path) -> dict[str, Any]:
@@ -215,13 +252,12 @@ def _pipeline_index(folder: Path) -> dict[str, Any]:
 
 
 def _load_component(folder: Path, component: str) -> nn.Module:
-    from diffusers import AutoModel
-
+    diffusers = load_diffusers()
     try:
         if (folder / "model_index.json").exists():
             model = getattr(_load_pipeline(folder), component or "transformer", None)
         else:
-            model = AutoModel.from_pretrained(str(folder), **ONLY_DATA)
+            model = diffusers.AutoModel.from_pretrained(str(folder), **ONLY_DATA)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder} is no model or pipeline saved by diffusers: {error}"

@@ -162,6 +162,45 @@ def test_doctor_lists_what_is_missing(monkeypatch: Any, capsys: Any) -> None:
     assert rows["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
+def test_a_missing_onnxruntime_is_said_before_any_work(
+    monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    arguments = ["compile", "python:tests.test_cli:tiny", "-o", str(tmp_path / "out"), *SMALL]
+    assert run(monkeypatch, *arguments) == 4
+    assert "diffcr-compile[cpu]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", [["demo"], ["inspect", "demo"], ["inspect", "diffusers:{}"]])
+def test_without_diffusers(
+    verb: list[str], monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    arguments = [word.format(tmp_path) for word in verb]
+    assert run(monkeypatch, *arguments) == 4
+    said = capsys.readouterr().err
+    assert "DCR-E012" in said
+    assert "diffcr-compile[diffusers]" in said
+
+
+# diffusers has a dummy in the place of the first as long as librosa is not installed
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("AudioDiffusionPipeline", "librosa"), ("PipelineOfTheFuture", "saved with 99.0")],
+)
+def test_a_pipeline_that_this_diffusers_cannot_have(
+    name: str, found: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    index = {"_class_name": name, "_diffusers_version": "99.0"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert run(monkeypatch, "inspect", f"diffusers:{tmp_path}") == 4
+    said = capsys.readouterr().err
+    assert "DCR-E012" in said
+    assert found in said
+
+
 def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
     monkeypatch: Any, capsys: Any
 ) -> None:

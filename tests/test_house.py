@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"venv", "demo", "test", "lint", "docs", "bench", "soak", "sbom"}
-EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "lora", "report", "quality", "docs", "dev"}
+EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "lora", "docs", "dev"}
 # packages that `make` does not install, so constraints.txt has no pin for them
 UNPINNED = {"onnxruntime-gpu", "tensorrt"}
 # below these, "the folder above the checkout" says nothing about a person's machine

@@ -44,6 +44,9 @@ def run_demo(
     dry_run: bool = False,
 ) -> None:
     """What ``diffcr demo`` and ``diffcr compile demo`` do."""
+    from diffcr_compile.sources import load_diffusers
+
+    load_diffusers()  # the reference model is of a class of diffusers
     from diffcr_compile.reference import demo as reference
 
     job = make_job("demo", out, config, set_, budget, defaults=reference.SETTINGS)

@@ -5,21 +5,11 @@
 
 from __future__ import annotations
 
-from diffcr_compile.errors import EnvironmentMissingError
-
-try:
-    from diffcr_compile.report.html import write_html
-    from diffcr_compile.report.pictures import (
-        write_importance,
-        write_keep_map,
-        write_sample_sheet,
-    )
-except ModuleNotFoundError as error:
-    if error.name not in ("jinja2", "markupsafe", "PIL"):
-        raise
-    raise EnvironmentMissingError(
-        f"diffcr_compile.report: found no package {error.name}, expected jinja2 and pillow. "
-        'Install them with: pip install "diffcr-compile[report]"'
-    ) from error
+from diffcr_compile.report.html import write_html
+from diffcr_compile.report.pictures import (
+    write_importance,
+    write_keep_map,
+    write_sample_sheet,
+)
 
 __all__ = ["write_html", "write_importance", "write_keep_map", "write_sample_sheet"]

@@ -15,6 +15,7 @@ from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
+from diffcr_compile.carry_over import carry_over, read_learned, with_routing_of
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
@@ -23,7 +24,7 @@ from diffcr_compile.export.precision import HALF_TOLERANCE
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.guidance import graph_batch, guidance_of
 from diffcr_compile.made import Artifact, stopped
-from diffcr_compile.manifest import read_manifest
+from diffcr_compile.manifest import MANIFEST_FILE, read_manifest, sha256_file
 from diffcr_compile.opened import (
     ExampleInputs,
     PipelineInputs,
@@ -291,7 +292,8 @@ def compile(
     example_inputs: ExampleInputs | None = None,
     pipeline_inputs: PipelineInputs = None,
     component: str | None = None,
-    budget: float | str = "60%",
+    budget: float | str | None = None,
+    learned_from: str | Path | None = None,
     data: Iterable[Mapping[str, Tensor]] | None = None,
     config: CompileConfig | None = None,
     sampler: Sampler | None = None,
@@ -315,7 +317,9 @@ def compile(
         pipeline_inputs: of a pipeline: the keyword arguments of its call, or several such dicts,
             which take turns.
         component: of a pipeline: the name of the denoiser, where there are several.
-        budget: see :func:`calibrate`.
+        budget: see :func:`calibrate`; 60 % by default, or that of `learned_from`.
+        learned_from: an artifact of the same model at another resolution or batch size. Its routers, ratios
+            and weights are taken instead of a calibration, and only the schedule is solved anew.
         data: see :func:`calibrate`.
         config: settings.
         sampler: for rollouts and for the benchmark's sampling loop.
@@ -335,6 +339,12 @@ def compile(
     find_targets(config.export.target)
     if until not in ("calibrate", "freeze"):
         check_provider("cpu")
+    learned = None if learned_from is None else read_learned(Path(learned_from))
+    if learned is not None:
+        config = with_routing_of(learned, config)
+        config = config.with_run("argument", learned_from=str(learned_from))
+        budget = budget or learned.schedule.asked
+    budget = budget or "60%"
     share = parse_budget(budget)
     if config.run.budget is None:
         config = config.with_run("budget argument", budget=str(budget))
@@ -362,14 +372,23 @@ def compile(
             check_budget(budget_costs(routed, config), share)
         settings, metered = calibration_settings(config), budget_identity(config.budget)
         key = fingerprint(identity, share, settings, metered, data is not None)
+        if learned is not None:
+            key = fingerprint(key, sha256_file(learned.folder / MANIFEST_FILE))
         given = runs if data is None else data
         if not ranks.leads:
             take_part(Path(out), routed, given, share, config, sampler, conditions, ranks)
             early = until in ("calibrate", "freeze")
             return Artifact(Path(out), None if early else read_manifest(Path(out)))
-        result = calibrated(
-            space, key, routed, given, share, config, sampler, conditions, progress, ranks
-        )
+        if learned is None:
+            result = calibrated(
+                space, key, routed, given, share, config, sampler, conditions, progress, ranks
+            )
+        else:
+            with space.stage("calibrate", key):
+                ranks.total(1.0)  # nothing is left for the others to learn
+                weights = space.subfolder("model") / "routed.safetensors"
+                priced = budget_costs(routed, config)
+                result = carry_over(learned, user_model, routed, priced, share, weights)
         if until == "calibrate":
             return stopped(space, ranks)
         with space.stage("freeze", key):

@@ -265,6 +265,11 @@ class RunConfig(_Section):
     budget: str | None = Field(
         default=None, description="share of the dense MACs, such as 60%"
     )
+    learned_from: str | None = Field(
+        default=None,
+        description="artifact of the same model at another resolution or batch size, whose routers, ratios and "
+        "weights are taken instead of a calibration",
+    )
 
 
 class CompileConfig(_Section):
@@ -286,6 +291,13 @@ class CompileConfig(_Section):
         given = {name: value for name, value in values.items() if value is not None}
         changed = self.model_copy(update={"run": self.run.model_copy(update=given)})
         changed._origins = {**self._origins, **{f"run.{name}": origin for name in given}}
+        return changed
+
+    def with_section(self, name: str, section: BaseModel, origin: str) -> CompileConfig:
+        """The same settings with another section, all of which comes from `origin`."""
+        changed = self.model_copy(update={name: section})
+        keys = (f"{name}.{key}" for key in type(section).model_fields)
+        changed._origins = {**self._origins, **dict.fromkeys(keys, origin)}
         return changed
 
     routing: RoutingConfig = RoutingConfig()

@@ -19,6 +19,7 @@ from diffcr_compile.recipe import RECIPE_FILE, Recipe, read_recipe
 from diffcr_compile.runtime.diffusers_adapter import (
     Backend,
     CompiledDenoiser,
+    SeveralResolutions,
     class_of_diffusers,
 )
 from diffcr_compile.runtime.runner import Runner
@@ -120,6 +121,18 @@ class DiffusersTransformer(CompiledDenoiser):
             **({"output": recipe.output} if recipe.output else {}),
             splits_batch=guidance.get("cfg") == "separate",
         )
+
+    @classmethod
+    def from_artifacts(
+        cls, folders: Sequence[str | os.PathLike[str]], **options: Any
+    ) -> SeveralResolutions:
+        """Artifacts of one model at several resolutions or batch sizes; the shapes of a call choose.
+
+        Args:
+            folders: made with ``learned_from`` of one another, or each calibrated by itself.
+            options: see :meth:`from_artifact`.
+        """
+        return SeveralResolutions([cls.from_artifact(folder, **options) for folder in folders])
 
 
 def _described(folder: Path, recipe: Recipe) -> Any:

@@ -114,6 +114,8 @@ _ROWS = (
      "Set export.cfg to batched, separate or none, as the message explains."),
     ("DCR-U056", "nothing to go on with", "diffcr freeze and diffcr export go on in a folder where diffcr calibrate began.",
      "Begin with diffcr calibrate MODEL -o FOLDER; what was begun in Python goes on there."),
+    ("DCR-U057", "what was learned does not fit", "Routers, ratios and weights of an artifact (learned_from=, --learned-from) fit the same model with the same blocks routed in the same way.",
+     "Leave out the settings that differ, or calibrate this one by itself."),
     ("DCR-U060", "the latency table is missing", "budget.table names no file.",
      "Measure one with diffcr bench MODEL --table FILE, with the same settings of the routing."),
     ("DCR-U061", "a latency table that does not serve here", "It was measured on another model, batch or set of levels, or its figures were not stable.",

@@ -98,7 +98,21 @@ def _captured(
 def _routed(folder: Path, recipe: Recipe, dense: Program) -> Program:
     """The model routed as it was, with what was learned."""
     routed = routed_program(dense, RoutingConfig(**recipe.routing), seed=0)
-    learned = load_file(folder / recipe.learned)
+    put_learned(folder / recipe.learned, routed)
+    return routed
+
+
+def put_learned(path: Path, routed: Program) -> None:
+    """Give a ROUTED program routers and weights that a calibration left; the user's weights stay as they are.
+
+    Args:
+        path: safetensors, names as in the program.
+        routed: of the same model, at any number of tokens.
+
+    Raises:
+        UsageError: the program has no such weight.
+    """
+    learned = load_file(path)
     if any("_select.router." not in name for name in learned):
         own_weights(routed.module)
     parameters = dict(routed.module.named_parameters(remove_duplicate=False))
@@ -107,7 +121,6 @@ def _routed(folder: Path, recipe: Recipe, dense: Program) -> Program:
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise UsageError(f"it has no weight {name} of shape {tuple(tensor.shape)}")
             parameters[name].copy_(tensor)
-    return routed
 
 
 def _example_call(

@@ -22,7 +22,7 @@ HOWTO = Path(__file__).resolve().parent.parent / "docs" / "howto"
 FIRST = "first_steps.md"
 PAGES = sorted(path.name for path in HOWTO.glob("*.md"))
 # Whole compilations beyond the three of the first steps: minutes on a slow machine.
-LONG = {"budget.md", "pipeline.md"}
+LONG = {"budget.md", "pipeline.md", "resolutions.md"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# file: (\S+)\n")
 LANGUAGES = {"python", "bash", "yaml"}

@@ -12,6 +12,7 @@ from diffcr_compile.commands.options import (
     Config,
     DryRun,
     Inputs,
+    LearnedFrom,
     OptionalModel,
     Out,
     PipelineFile,
@@ -23,6 +24,7 @@ EXAMPLES = (
     "python:my_model:make -o out --budget 60%",
     "diffusers:pixart/ --pipeline-inputs call.yaml -o out --set export.cfg=batched",
     "diffusers:pixart/transformer --inputs inputs.safetensors -c diffcr.yaml",
+    "diffusers:pixart/ --pipeline-inputs call_768.yaml -o out_768 --learned-from out_512",
     "-c diffcr.yaml -o out",
 )
 STAGES = "capture, route, rollouts, calibrate, freeze, export, baseline, benchmark, report"
@@ -41,11 +43,12 @@ def compile_(
     set_: Settings = None,
     inputs: Inputs = None,
     pipeline_inputs: PipelineFile = None,
+    learned_from: LearnedFrom = None,
     dry_run: DryRun = False,
 ) -> None:
     """Compile a model: capture, route, calibrate, freeze, export, validate, benchmark, report."""
-    job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs)
-    if job.source == "demo":
+    job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs, learned_from)
+    if job.source == "demo" and job.config.run.learned_from is None:
         run_demo(out, job.config.run.budget, config, set_, dry_run=dry_run)
         return
     if dry_run:

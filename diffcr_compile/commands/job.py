@@ -62,7 +62,8 @@ class Job:
                 case.model,
                 self.out,
                 example_inputs=case.inputs,
-                budget=self.config.run.budget or DEFAULT_BUDGET,
+                budget=self.config.run.budget,
+                learned_from=self.config.run.learned_from,
                 config=self.config,
                 conditions=case.conditions,
                 name=case.name,
@@ -80,7 +81,10 @@ class Job:
         plan = dcr.inspect(case.model, case.inputs, self.config.routing)
         done = [name for name in stages.split(", ") if name in _finished(self.out)]
         routed, refused = len(plan.blocks), len(plan.refused)
-        budget = self.config.run.budget or DEFAULT_BUDGET
+        run = self.config.run
+        budget = run.budget or (
+            f"that of {run.learned_from}" if run.learned_from else DEFAULT_BUDGET
+        )
         if as_json:
             print_json(
                 {"model": self.source, "out": str(self.out), "stages": stages.split(", "), "finished": done,
@@ -105,6 +109,7 @@ def make_job(
     budget: str | None,
     inputs: Path | None = None,
     pipeline_inputs: Path | None = None,
+    learned_from: Path | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Job:
     """A job from the command line; what it does not say comes from the ``run`` section of the settings.
@@ -118,8 +123,9 @@ def make_job(
         inputs=str(inputs) if inputs else None,
         pipeline_inputs=str(pipeline_inputs) if pipeline_inputs else None,
         budget=budget,
+        learned_from=str(learned_from) if learned_from else None,
     )
-    if chosen.run.budget is None:
+    if chosen.run.budget is None and chosen.run.learned_from is None:
         chosen = chosen.with_run("default", budget=DEFAULT_BUDGET)
     if chosen.run.model is None:
         raise UsageError(

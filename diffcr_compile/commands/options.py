@@ -54,6 +54,13 @@ PipelineFile = Annotated[
         help="YAML or JSON with the arguments of a pipeline's call, or a list of such",
     ),
 ]
+LearnedFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="an artifact of the same model at another resolution or batch size: what it has learned is taken "
+        "instead of a calibration"
+    ),
+]
 
 
 def settings(

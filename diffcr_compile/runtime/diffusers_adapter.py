@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,15 +113,9 @@ class CompiledDenoiser(nn.Module):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """One step; what the dense model's forward takes."""
-        call = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
-        given = dict(_flat(call))
+        given = self._given(args, kwargs)
         self._check_constants(given)
-        tensors = {
-            name: leaf
-            for name, leaf in given.items()
-            if isinstance(leaf, Tensor) and name not in self.runner.manifest.constants
-        }
-        parts = [self._run(part) for part in self._parts(tensors)]
+        parts = [self._run(part) for part in self._parts(self._tensors(given))]
         outputs = tuple(
             pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             for pieces in zip(*parts, strict=True)
@@ -133,6 +127,26 @@ class CompiledDenoiser(nn.Module):
                 f"the model has {len(outputs)} outputs; call it with return_dict=False for a tuple"
             )
         return self._output_class()(outputs[0])
+
+    def fits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call has the inputs and shapes that were built."""
+        wanted = {name: shape for name, (shape, _) in self._wanted.items()}
+        return all(
+            {name: tuple(self._prepared(name, t).shape) for name, t in part.items()} == wanted
+            for part in self._parts(self._tensors(self._given(args, kwargs)))
+        )
+
+    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every leaf of a call by the name that a captured graph gives it."""
+        call = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+        return dict(_flat(call))
+
+    def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {
+            name: leaf
+            for name, leaf in given.items()
+            if isinstance(leaf, Tensor) and name not in self.runner.manifest.constants
+        }
 
     def _output_class(self) -> Any:
         return class_of_diffusers(self._output, "BaseOutput")
@@ -194,7 +208,7 @@ class CompiledDenoiser(nn.Module):
         if missing or unknown:
             raise UsageError(
                 f"inputs missing: {missing}, unknown: {unknown}. This artifact was built for "
-                f"{self._built()}",
+                f"{self.built()}",
                 code="DCR-U020",
             )
         for name, tensor in tensors.items():
@@ -203,7 +217,7 @@ class CompiledDenoiser(nn.Module):
                 raise UsageError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {wanted}: this "
                     f"{self._what_differs(name, tuple(tensor.shape))} was not built, and graphs are static. "
-                    f"This artifact was built for {self._built()}. Compile again with pipeline inputs of "
+                    f"This artifact was built for {self.built()}. Compile again with pipeline inputs of "
                     "the size you need.",
                     code="DCR-U021",
                 )
@@ -220,7 +234,8 @@ class CompiledDenoiser(nn.Module):
             return "number of channels" if axes[0] == 1 else "resolution"
         return "sequence length" if axes[0] == 1 else "size"
 
-    def _built(self) -> str:
+    def built(self) -> str:
+        """What the artifact was built for, in words."""
         specs = ", ".join(
             f"{n} {dtype}{list(shape)}" for n, (shape, dtype) in self._wanted.items()
         )
@@ -245,6 +260,43 @@ class CompiledDenoiser(nn.Module):
             # numpy has no bfloat16; between float types a pipeline's choice is not an error
             tensor = tensor.to(getattr(torch, dtype.name))
         return tensor
+
+
+class SeveralResolutions(nn.Module):
+    """Artifacts of one model at several resolutions or batch sizes, called as one: the shapes of a call choose.
+
+    Args:
+        denoisers: one per artifact; what a pipeline asks of a transformer is answered by the first.
+
+    Raises:
+        UsageError: a call has shapes that no artifact was built for; lists what was built.
+    """
+
+    def __init__(self, denoisers: Sequence[CompiledDenoiser]) -> None:
+        super().__init__()
+        if not denoisers:
+            raise UsageError("several resolutions need at least one artifact, none was given")
+        self.denoisers = tuple(denoisers)
+        self._modules_of = nn.ModuleList(denoisers)  # for .to() and .children()
+        self.config, self.dtype = denoisers[0].config, denoisers[0].dtype
+        self.cache_context = denoisers[0].cache_context
+
+    @property
+    def device(self) -> torch.device:
+        """See :attr:`CompiledDenoiser.device`."""
+        return self.denoisers[0].device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, by the first artifact that was built for these shapes."""
+        for denoiser in self.denoisers:
+            if denoiser.fits(args, kwargs):
+                return denoiser(*args, **kwargs)
+        sizes = "; ".join(denoiser.built() for denoiser in self.denoisers)
+        raise UsageError(
+            f"these shapes were not built, and graphs are static. Built were: {sizes}. Compile one more with "
+            "pipeline inputs of the size you need, learned_from= one of these.",
+            code="DCR-U021",
+        )
 
 
 def _array(tensor: Tensor) -> Any:

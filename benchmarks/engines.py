@@ -24,15 +24,16 @@ from torch import Tensor, nn
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.samplers import FlowEuler
 from diffcr_compile.durable import write_json_atomic
-from diffcr_compile.engine_plan import ENGINE_MODES, plan_engines
+from diffcr_compile.engine_plan import LAYOUT_REASONS, plan_engines
 from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.half_run import HalfRun
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
 from diffcr_compile.export.precision import HALF_TOLERANCE, HalfGraphs, half_graphs
-from diffcr_compile.export.profiles_graph import tensorrt_topk
+from diffcr_compile.export.profiles_graph import group_buckets, open_program, tensorrt_topk
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
+from diffcr_compile.passes.open_kept_tokens import input_name
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.reference import demo
 from diffcr_compile.reference.model import REFERENCE_CONFIG, new_reference_dit
@@ -100,14 +101,20 @@ def write_graphs(frozen: Sequence[Program], half: HalfGraphs, folder: Path) -> G
 
 
 def build_all(folder: Path, manifest: Any, capability: str) -> dict[str, Any]:
-    """Build every engine of both modes; bytes and scratch memory of each."""
+    """Build every engine of both modes, ``profiles`` in both layouts; bytes and scratch memory of each.
+
+    The ratios are over the smallest static engine.
+    """
+    plans = {
+        "per_bucket": plan_engines(manifest, "per_bucket"),
+        **{layout: plan_engines(manifest, "profiles", layout) for layout in LAYOUT_REASONS},
+    }
     found = {}
-    for mode in ENGINE_MODES:
+    for name, plan in plans.items():
         engines = []
-        for engine in plan_engines(manifest, mode).engines:
+        for engine in plan.engines:
             start = time.perf_counter()
-            shapes = [profile.shapes for profile in engine.profiles if profile.shapes]
-            built = build_rtx(folder / engine.onnx, capability, shapes)
+            built = build_rtx(folder / engine.onnx, capability, engine.bounds())
             engines.append(
                 {
                     "name": engine.name,
@@ -117,9 +124,10 @@ def build_all(folder: Path, manifest: Any, capability: str) -> dict[str, Any]:
                     "build_seconds": round(time.perf_counter() - start, 2),
                 }
             )
-        found[mode] = {"engines": engines, "bytes": sum(e["bytes"] for e in engines)}
-    one = max(engine["bytes"] for engine in found["per_bucket"]["engines"])
-    return {**found, "profiles_over_one_engine": found["profiles"]["bytes"] / one}
+        found[name] = {"engines": engines, "bytes": sum(e["bytes"] for e in engines)}
+    one = min(engine["bytes"] for engine in found["per_bucket"]["engines"])
+    ratios = {f"{name}_over_one_engine": found[name]["bytes"] / one for name in LAYOUT_REASONS}
+    return {**found, **ratios}
 
 
 @torch.no_grad()
@@ -145,6 +153,31 @@ def sampled_difference(frozen: Sequence[Program], made: HalfGraphs) -> dict[str,
         half = sampler.step(halves[bucket].outputs({**given, sample: half})[0], step, half)
         finite = finite and bool(torch.isfinite(half).all())
     return {"rel_l2": float((half - wide).norm() / wide.norm()), "finite": finite}
+
+
+def spanning_scratch(
+    model: nn.Module, inputs: dict[str, Tensor], kept: Sequence[int], capability: str = "SM86"
+) -> int:
+    """Scratch memory of a float16 engine with one profile over timestep buckets of so many kept tokens each."""
+    routed = dcr.route(model, inputs)
+    schedule = TokenSchedule(
+        {spec.name: tuple(kept) for spec in routed.program.blocks},
+        {spec.name: spec.num_tokens for spec in routed.program.blocks},
+        TimestepBuckets.even(len(kept)),
+    )
+    frozen = [graph.program for graph in dcr.freeze(routed, schedule=schedule)]
+    (group,) = group_buckets(schedule, None)
+    opened = open_program(frozen[0], group, None)
+    half = compute_in_half(exported_program(opened), opened)
+    data = graph_from_exported(half, opened)[0].SerializeToString()
+    row = {
+        "onnx": "profiles.onnx",
+        "buckets": list(range(len(kept))),
+        "kept_inputs": {input_name(block): block for block in group.kept},
+    }
+    plan = plan_engines(GraphsOnly([], [row], schedule.kept_tokens), "profiles", "spanning")
+    (scratch,) = build_rtx(data, capability, plan.engines[0].bounds()).activation_bytes
+    return scratch
 
 
 def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
@@ -173,6 +206,12 @@ def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
             "activation_bytes": build_rtx(data, capability).activation_bytes[0],
             "one_score_matrix_bytes": HEADS * kept * kept * size,
         }
+    found["fp16_spanning"] = {
+        "kept_tokens": [kept, kept // 2, kept // 4],
+        "activation_bytes": spanning_scratch(
+            model, inputs, (kept, kept // 2, kept // 4), capability
+        ),
+    }
     return found
 
 

@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diffcr_compile.engine_plan import EngineMode, EnginePlan, choose_mode, plan_engines
+from diffcr_compile.engine_plan import (
+    LAYOUT_REASONS,
+    EngineMode,
+    EnginePlan,
+    ProfileLayout,
+    choose_mode,
+    plan_engines,
+)
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
 from diffcr_compile.export.device.builder import Built, Progress, build_engines
 from diffcr_compile.export.device.check import check_engines, tolerance_of
@@ -43,6 +50,7 @@ class BuildPlan:
         target: the device that engines are for.
         mode: chosen.
         reason: why this one.
+        layout: of the profiles, if it is ``profiles``.
         plan: the engines.
         lines: the same build with trtexec.
         memory: estimate of what the engines need.
@@ -52,6 +60,7 @@ class BuildPlan:
     target: Target
     mode: EngineMode
     reason: str
+    layout: ProfileLayout
     plan: EnginePlan
     lines: Sequence[str]
     memory: MemoryNeed
@@ -84,8 +93,16 @@ def plan_build(
     target: Target,
     mode: Literal["auto", "profiles", "per_bucket"] = "auto",
     settings: BuildSettings | None = None,
+    layout: Literal["auto"] | ProfileLayout = "auto",
 ) -> BuildPlan:
     """Which engines a target gets; reads the manifest only.
+
+    Args:
+        artifact: the artifact's folder.
+        target: the device.
+        mode: ``auto`` chooses by target.
+        settings: of the build.
+        layout: of the profiles of the mode ``profiles``; ``auto`` takes the target's.
 
     Raises:
         UsageError: nothing is built for the target, or the artifact has no graphs for the mode.
@@ -93,11 +110,14 @@ def plan_build(
     manifest = read_manifest(artifact)
     choice = choose_mode(manifest, target)  # also says that a target has no engines
     chosen, reason = (choice.mode, choice.reason) if mode == "auto" else (mode, "asked for")
-    plan = plan_engines(manifest, chosen)
+    laid_out = target.profile_layout if layout == "auto" else layout
+    plan = plan_engines(manifest, chosen, laid_out)
+    if chosen == "profiles":
+        reason = f"{reason}; {LAYOUT_REASONS[laid_out]}"
     lines = trtexec_lines(plan, settings or BuildSettings())
     need = target_memory(artifact, manifest, plan, target)
     warnings = verdicts(need, target.memory_bytes)
-    return BuildPlan(target, chosen, reason, plan, lines, need, warnings)
+    return BuildPlan(target, chosen, reason, laid_out, plan, lines, need, warnings)
 
 
 def target_memory(
@@ -115,6 +135,7 @@ def build(
     mode: Literal["auto", "profiles", "per_bucket"] = "auto",
     settings: BuildSettings | None = None,
     progress: Progress | None = None,
+    layout: Literal["auto"] | ProfileLayout = "auto",
 ) -> BuildResult:
     """Build the engines of an artifact and, on the device, compare them with the golden outputs.
 
@@ -124,6 +145,7 @@ def build(
         mode: ``auto`` chooses by target.
         settings: with a compute capability the build is ahead of time, whatever machine this is.
         progress: called with (engine and phase, steps done, steps).
+        layout: of the profiles of the mode ``profiles``; ``auto`` takes the target's.
 
     Raises:
         UsageError: this machine's GPU is not the target's, or see :func:`plan_build`.
@@ -133,9 +155,9 @@ def build(
         AccuracyError: an engine does not give the golden outputs; it stays unusable.
     """
     settings = settings or BuildSettings()
-    planned = plan_build(artifact, target, mode, settings)
+    planned = plan_build(artifact, target, mode, settings, layout)
     manifest = read_manifest(artifact)
-    write_script(artifact, manifest, planned.mode, settings)
+    write_script(artifact, manifest, planned.mode, settings, planned.layout)
     device, settings = _where(artifact, target, settings)
     built = build_engines(artifact, manifest, planned.plan, device, settings, progress)
     if built.sidecar.ahead_of_time:

@@ -85,8 +85,9 @@ def _build(options: argparse.Namespace) -> int:
 
     manifest = read_manifest(options.folder)
     here = open_device()[2]
-    mode = options.mode or _packed_for(options.folder).get("mode", "per_bucket")
-    plan = plan_engines(manifest, mode)
+    packed = _packed_for(options.folder)
+    mode = options.mode or packed.get("mode", "per_bucket")
+    plan = plan_engines(manifest, mode, packed.get("layout", "pinned"))
     print(f"building for {here}, mode {mode}")
     settings = BuildSettings(workspace_mb=options.workspace)
     built = build_engines(options.folder, manifest, plan, here, settings, _progress)

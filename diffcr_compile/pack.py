@@ -96,11 +96,14 @@ def pack(artifact: Path, path: Path, target: Target | None = None) -> Packed:
     manifest = read_manifest(artifact)
     verify_artifact(artifact, manifest)
     mode = choose_mode(manifest, target).mode if target else "per_bucket"
+    layout = target.profile_layout if target else "pinned"
     device = _device_manifest(manifest)
     texts = {
         MANIFEST_FILE: manifest_text(device),
-        SCRIPT: device_script(device, mode, BuildSettings()),
-        DEVICE_FILE: json.dumps({"target": target.name if target else None, "mode": mode})
+        SCRIPT: device_script(device, mode, BuildSettings(), layout),
+        DEVICE_FILE: json.dumps(
+            {"target": target.name if target else None, "mode": mode, "layout": layout}
+        )
         + "\n",
         README_FILE: _readme(manifest, target),
     }

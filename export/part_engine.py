@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from diffcr_compile.durable import PARTIAL_SUFFIX, atomic_write_bytes
-from diffcr_compile.engine_plan import EnginePlan, EngineSpec, ProfileSpec
+from diffcr_compile.engine_plan import EnginePlan, EngineSpec, LengthsSpec, ProfileSpec
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.tensorrt_api import build_engine
 from diffcr_compile.manifest import Manifest
@@ -70,7 +70,8 @@ def run_part(
         plan = build_engine(trt, Path(file.name), [{}], BuildSettings())
         path = Path(folder) / plan_file("part")
         atomic_write_bytes(path, plan)
-        spec = EnginePlan("per_bucket", (EngineSpec("part", graph, (ProfileSpec((0,), {}),)),))
+        profile = ProfileSpec((LengthsSpec((0,), {}),))
+        spec = EnginePlan("per_bucket", (EngineSpec("part", graph, (profile,)),))
         files = {"part": read_plan_file(path)}
         sidecar = Sidecar(here, made_from(manifest), spec, files, {}, False, "")
         backend = TensorRTBackend(

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffcr_compile.engine_plan import Bounds
 from diffcr_compile.errors import EnvironmentMissingError, UnsupportedModelError, UsageError
 
 _SCRATCH = re.compile(r"Total Activation Memory: (\d+)")
@@ -41,14 +42,15 @@ def build_rtx_engine(model: bytes | Path, compute_capability: str = "SM86") -> b
 def build_rtx(
     model: bytes | Path,
     compute_capability: str = "SM86",
-    profiles: Sequence[Mapping[str, tuple[int, ...]]] = (),
+    profiles: Sequence[Mapping[str, Bounds]] = (),
 ) -> RtxEngine:
     """Build an engine.
 
     Args:
         model: an ONNX file, or the bytes of one whose weights lie inside.
         compute_capability: such as ``SM86``; no device of that kind need be present.
-        profiles: shapes by input, with min = opt = max, of each profile; none for a static graph.
+        profiles: smallest, typical and largest shape by input, of each profile; none, or empty ones, for
+            a static graph.
 
     Raises:
         EnvironmentMissingError: TensorRT-RTX is not installed.
@@ -71,10 +73,12 @@ def build_rtx(
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
-    for shapes in profiles:
+    for bounds in profiles:
+        if not bounds:
+            continue
         profile = builder.create_optimization_profile()
-        for name, shape in shapes.items():
-            profile.set_shape(name, shape, shape, shape)
+        for name, shapes in bounds.items():
+            profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from diffcr_compile import cli
-from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, plan_engines
+from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, ProfileLayout, plan_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.device.trtexec import trtexec_lines
@@ -96,8 +96,8 @@ def shell(tmp_path: Path, out: Path) -> Shell:
     return Shell(tmp_path, out)
 
 
-def profiles_of(call: list[str]) -> list[dict[str, tuple[int, ...]]]:
-    """The profiles that a call of trtexec asks for, read back independently of how they were written."""
+def profiles_of(call: list[str]) -> list[tuple[dict[str, tuple[int, ...]], ...]]:
+    """Min, opt and max shapes of the profiles that a call of trtexec asks for, read back independently."""
     found: list[dict[str, dict[str, tuple[int, ...]]]] = []
     for argument in call:
         key, _, value = argument.partition("=")
@@ -107,18 +107,24 @@ def profiles_of(call: list[str]) -> list[dict[str, tuple[int, ...]]]:
         elif key in ("--minShapes", "--optShapes", "--maxShapes"):
             pairs = (item.rsplit(":", 1) for item in value.split(","))
             found[-1][key] = {n: tuple(map(int, s.split("x"))) for n, s in pairs}
-    for profile in found:
-        assert profile["--minShapes"] == profile["--optShapes"] == profile["--maxShapes"]
-    return [profile["--optShapes"] for profile in found]
+    return [
+        tuple(profile[f"--{which}Shapes"] for which in ("min", "opt", "max"))
+        for profile in found
+    ]
 
 
-def wanted(manifest: Manifest, mode: EngineMode) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Graph and kept tokens of each engine, from the manifest alone."""
+def wanted(
+    manifest: Manifest, mode: EngineMode, layout: ProfileLayout
+) -> list[tuple[str, list[tuple[dict[str, Any], ...]]]]:
+    """Graph and kept tokens (min, opt, max) of each engine, from the manifest alone."""
     kept = manifest.schedule["a"]
     if mode == "per_bucket":
         return [(path, []) for path in dict.fromkeys(b["onnx"] for b in manifest.buckets)]
     (row,) = manifest.profile_graphs
-    return [(row["onnx"], [{small.LENGTH: (k,)} for k in dict.fromkeys(kept)])]
+    pinned = [({small.LENGTH: (k,)},) * 3 for k in dict.fromkeys(kept)]
+    least, median, most = min(kept), sorted(set(kept))[len(set(kept)) // 2], max(kept)
+    spanning = [tuple({small.LENGTH: (k,)} for k in (least, median, most))]
+    return [(row["onnx"], pinned if layout == "pinned" else spanning)]
 
 
 # --------------------------------------------------------------------------------- the script
@@ -142,10 +148,12 @@ def test_shellcheck_finds_nothing(out: Path) -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
+@pytest.mark.parametrize("layout", ["pinned", "spanning"])
 @pytest.mark.parametrize("mode", ENGINE_MODES)
 def test_the_script_asks_trtexec_for_exactly_the_profiles_of_the_manifest(
-    shell: Shell, mode: EngineMode
+    shell: Shell, mode: EngineMode, layout: ProfileLayout
 ) -> None:
+    write_script(shell.artifact, read_manifest(shell.artifact), layout=layout)
     done = shell.run(mode)
     assert done.returncode == 0, done.stderr
     asked = [
@@ -155,7 +163,7 @@ def test_the_script_asks_trtexec_for_exactly_the_profiles_of_the_manifest(
         )
         for call in shell.calls()
     ]
-    assert asked == wanted(read_manifest(shell.artifact), mode)
+    assert asked == wanted(read_manifest(shell.artifact), mode, layout)
     for call in shell.calls():
         assert {"--stronglyTyped", "--noTF32", "--skipInference"} <= set(call)
         assert len({a.partition("=")[0] for a in call if a != ""}) >= 5
@@ -411,6 +419,32 @@ def test_a_dry_run_prints_the_lines_and_writes_nothing(
     assert "mode per_bucket: " in text
     assert text.count("trtexec --onnx=onnx/bucket_0") == 3
     assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layout", "count", "words"),
+    [
+        (["--target", "rtx"], "spanning", 1, "specialises for the lengths that it meets"),
+        (["--target", "rtx", "--layout", "pinned"], "pinned", 3, "chosen for its lengths"),
+        (["--target", "jetson-thor@jp7.2"], "pinned", 3, "chosen for its lengths"),
+    ],
+)
+def test_the_target_says_how_profiles_are_laid_out_unless_told_otherwise(
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    arguments: list[str],
+    layout: str,
+    count: int,
+    words: str,
+) -> None:
+    command = ["build", str(out), *arguments, "--mode", "profiles", "--dry-run", "--json"]
+    assert run(monkeypatch, *command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == layout
+    assert words in found["reason"]
+    assert len(found["plan"]["engines"][0]["profiles"]) == count
+    assert found["trtexec"][0].count("--profile=") == count
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from diffcr_compile.engine_plan import (
     EnginePlan,
     EngineSpec,
+    LengthsSpec,
     ProfileSpec,
     choose_mode,
     plan_engines,
@@ -64,12 +66,16 @@ def make_manifest(
 GRAPHS = [f"onnx/bucket_{i:02d}.onnx" for i in range(3)]
 
 
+def pinned(buckets: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> ProfileSpec:
+    return ProfileSpec((LengthsSpec(buckets, shapes),))
+
+
 def test_per_bucket_is_one_static_engine_per_graph() -> None:
     plan = plan_engines(make_manifest(GRAPHS, [SHARED]), "per_bucket")
     assert plan == EnginePlan(
         "per_bucket",
         tuple(
-            EngineSpec(f"bucket_{i:02d}", graph, (ProfileSpec((i,), {}),))
+            EngineSpec(f"bucket_{i:02d}", graph, (pinned((i,), {}),))
             for i, graph in enumerate(GRAPHS)
         ),
     )
@@ -79,7 +85,7 @@ def test_buckets_that_share_a_graph_share_its_engine() -> None:
     graphs = [GRAPHS[0], GRAPHS[1], GRAPHS[0]]
     plan = plan_engines(make_manifest(graphs, []), "per_bucket")
     assert [e.profiles[0].buckets for e in plan.engines] == [(0, 2), (1,)]
-    assert plan.place(2) == (plan.engines[0], 0)
+    assert plan.place(2) == (plan.engines[0], 0, 0)
 
 
 def test_profiles_is_one_engine_with_the_kept_tokens_as_lengths() -> None:
@@ -88,10 +94,30 @@ def test_profiles_is_one_engine_with_the_kept_tokens_as_lengths() -> None:
     assert engine.name == "profiles"
     # buckets 0 and 2 keep the same tokens, so one profile serves both
     assert engine.profiles == (
-        ProfileSpec((0, 2), {"kref_blocks_0": (16,)}),
-        ProfileSpec((1,), {"kref_blocks_0": (32,)}),
+        pinned((0, 2), {"kref_blocks_0": (16,)}),
+        pinned((1,), {"kref_blocks_0": (32,)}),
     )
-    assert [plan.place(bucket)[1] for bucket in range(3)] == [0, 1, 0]
+    assert [p.bounds() for p in engine.profiles] == [
+        {"kref_blocks_0": ((16,),) * 3},
+        {"kref_blocks_0": ((32,),) * 3},
+    ]
+    assert [plan.place(bucket).profile for bucket in range(3)] == [0, 1, 0]
+
+
+def test_a_spanning_profile_goes_from_the_least_to_the_most_kept_tokens() -> None:
+    manifest = make_manifest(GRAPHS, [{**SHARED, "kept_inputs": {"a": "blocks.0"}}])
+    manifest = dataclasses.replace(manifest, schedule={"blocks.0": [48, 16, 24]})
+    plan = plan_engines(manifest, "profiles", "spanning")
+    ((profile,),) = (engine.profiles for engine in plan.engines)
+    assert profile.bounds() == {"a": ((16,), (24,), (48,))}
+    assert profile.buckets == (0, 1, 2)
+    places = [plan.place(bucket) for bucket in range(3)]
+    assert [place.profile for place in places] == [0, 0, 0]
+    assert [place.shapes for place in places] == [{"a": (48,)}, {"a": (16,)}, {"a": (24,)}]
+    # a static graph has nothing to span
+    assert plan_engines(manifest, "per_bucket", "spanning") == plan_engines(
+        manifest, "per_bucket"
+    )
 
 
 def test_graphs_of_several_structures_give_one_engine_each() -> None:
@@ -99,7 +125,7 @@ def test_graphs_of_several_structures_give_one_engine_each() -> None:
     rows[1]["kept_inputs"] = {}
     plan = plan_engines(make_manifest(GRAPHS, rows), "profiles")
     assert [e.name for e in plan.engines] == ["profiles", "bucket_01"]
-    assert plan.engines[1].profiles == (ProfileSpec((1,), {}),)
+    assert plan.engines[1].profiles == (pinned((1,), {}),)
 
 
 def test_without_profiles_graphs_the_mode_is_refused_with_the_setting() -> None:
@@ -107,11 +133,14 @@ def test_without_profiles_graphs_the_mode_is_refused_with_the_setting() -> None:
         plan_engines(make_manifest(GRAPHS, []), "profiles")
     with pytest.raises(UsageError, match=r"'both' is unknown; use one of"):
         plan_engines(make_manifest(GRAPHS, []), "both")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"layout 'wide' is unknown; use one of"):
+        plan_engines(make_manifest(GRAPHS, [SHARED]), "profiles", "wide")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("layout", ["pinned", "spanning"])
 @pytest.mark.parametrize("mode", ["profiles", "per_bucket"])
-def test_a_plan_survives_json(mode: Any) -> None:
-    plan = plan_engines(make_manifest(GRAPHS, [SHARED]), mode)
+def test_a_plan_survives_json(mode: Any, layout: Any) -> None:
+    plan = plan_engines(make_manifest(GRAPHS, [SHARED]), mode, layout)
     assert EnginePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -129,6 +158,12 @@ def first(data: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def lengths(data: dict[str, Any]) -> dict[str, Any]:
+    """The lengths of the second profile."""
+    found: dict[str, Any] = first(data)["profiles"][1][0]
+    return found
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -143,16 +178,22 @@ def first(data: dict[str, Any]) -> dict[str, Any]:
         (lambda d: first(d).update(onnx="/a.onnx"), "no path of an ONNX file inside"),
         (lambda d: first(d).update(profiles=[]), "needs a profile"),
         (lambda d: first(d)["profiles"].pop(), r"timestep buckets are \[0, 2\]"),
-        (lambda d: first(d)["profiles"][1].update(buckets=[2]), r"\[0, 2, 2\]"),
-        (lambda d: first(d)["profiles"][1].update(buckets=["1"]), "numbers as buckets"),
-        (lambda d: first(d)["profiles"][1].update(shapes={}), "profile 1 is for the inputs"),
-        (lambda d: [p.update(shapes={}) for p in first(d)["profiles"]], "has one profile"),
+        (lambda d: lengths(d).update(buckets=[2]), r"\[0, 2, 2\]"),
+        (lambda d: lengths(d).update(buckets=["1"]), "numbers as buckets"),
+        (lambda d: lengths(d).update(buckets=[]), "profile 1: it needs a timestep bucket"),
+        (lambda d: first(d)["profiles"][1].pop(), "each profile a timestep bucket"),
+        (lambda d: lengths(d).update(shapes={}), r"profile 1: it is for the inputs \[\]"),
+        (lambda d: [p[0].update(shapes={}) for p in first(d)["profiles"]], "has one profile"),
         (
-            lambda d: first(d)["profiles"][1]["shapes"].update(kref_blocks_0=[0]),
+            lambda d: lengths(d)["shapes"].update(kref_blocks_0=[16, 1]),
+            "has 2 axes, and 1 in the first",
+        ),
+        (
+            lambda d: lengths(d)["shapes"].update(kref_blocks_0=[0]),
             "expected sizes above 0",
         ),
         (
-            lambda d: first(d)["profiles"][1]["shapes"].update(kref_blocks_0=16),
+            lambda d: lengths(d)["shapes"].update(kref_blocks_0=16),
             "shape of 'kref_blocks_0' must be a list",
         ),
     ],

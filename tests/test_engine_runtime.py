@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, plan_engines
+from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, ProfileLayout, plan_engines
 from diffcr_compile.errors import (
     AccuracyError,
     ArtifactError,
@@ -28,11 +28,12 @@ from diffcr_compile.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from diffcr_compile.export.device.builder import Built, build_engines
+from diffcr_compile.export.device.builder import Built, adopt_unchecked, build_engines
 from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.layer_map import layer_rows
-from diffcr_compile.manifest import read_manifest, write_manifest
+from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.manifest import read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
 from diffcr_compile.runtime.open_engines import open_device
@@ -60,11 +61,15 @@ def _forget() -> None:
 
 
 def build(
-    folder: Path, mode: EngineMode = "per_bucket", check: bool = True, **kw: Any
+    folder: Path,
+    mode: EngineMode = "per_bucket",
+    check: bool = True,
+    layout: ProfileLayout = "pinned",
+    **kw: Any,
 ) -> Built:
     manifest = read_manifest(folder)
     here = open_device()[2]
-    plan = plan_engines(manifest, mode)
+    plan = plan_engines(manifest, mode, layout)
     built = build_engines(folder, manifest, plan, here, BuildSettings(**kw))
     if check:
         check_engines(folder, manifest, built.folder, "tensorrt", 1e-4)
@@ -124,6 +129,56 @@ def test_both_modes_compute_what_numpy_does_in_every_bucket_and_every_order(
     assert device.state.graphs == {}
     with pytest.raises(ResourceError, match="closed"):
         runner(**small.call(100.0))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_buckets_share_a_spanning_profile_each_with_its_own_lengths(
+    out: Path, device: Any, swap: bool
+) -> None:
+    built = build(out, "profiles", layout="spanning")  # every bucket gave its golden outputs
+    import tensorrt
+
+    facts = tensorrt.facts_of((built.folder / "profiles_00.plan").read_bytes())
+    assert facts["profiles"] == [{"kept_a": [[4], [6], [8]]}]
+    rows = json.loads((built.folder / "engine.ok.json").read_text())["buckets"]
+    assert [row["bucket"] for row in rows] == [0, 1, 2, 3]
+    runner = load(out, backend="tensorrt", swap=swap)
+    for seed, bucket in enumerate([0, 1, 1, 1, 3, 2, 0, 0, 2, 1, 3, 3]):
+        inputs = small.call(MIDDLES[bucket], seed)
+        np.testing.assert_allclose(runner(**inputs), small.expected(inputs, bucket), atol=1e-5)
+    runner.close()
+    assert device.state.allocations == {}
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("profiles", {1}), ("per_bucket", {None})])
+def test_tensorrt_rtx_specialises_kernels_for_open_lengths_before_a_cuda_graph_keeps_them(
+    engines: dict[EngineMode, Path],
+    device: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: EngineMode,
+    expected: set[int | None],
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_RTX", "1")
+    _forget()
+    runner = load(engines[mode], backend="tensorrt")
+    contexts = runner.backend._contexts.values()  # type: ignore[attr-defined]
+    assert {entry.context.specialization for entry in contexts} == expected
+    runner.close()
+
+
+def test_what_the_script_built_is_taken_in_the_layout_that_it_was_built_in(
+    out: Path, device: Any
+) -> None:
+    built = build(out, "profiles", layout="spanning")
+    source = out / UNCHECKED
+    source.mkdir()
+    shutil.copy(built.folder / "profiles_00.plan", source)
+    digest = sha256_file(source / "profiles_00.plan")
+    (source / "profiles_00.plan.sha256").write_text(f"{digest}  profiles_00.plan\n")
+    (source / "mode").write_text("profiles spanning\n")
+    taken = adopt_unchecked(out, read_manifest(out), open_device()[2])
+    assert taken is not None
+    assert taken.sidecar.plan == built.sidecar.plan
 
 
 def test_threads_may_share_a_runner(built: Path) -> None:
@@ -394,7 +449,7 @@ def test_a_build_is_strongly_typed_without_tf32_and_pins_each_profile(
     assert facts["strongly_typed"]
     assert not facts["tf32"]
     assert facts["workspace"] == 64 << 20
-    assert facts["profiles"] == [{"kept_a": [4]}, {"kept_a": [8]}, {"kept_a": [6]}]
+    assert facts["profiles"] == [{"kept_a": [[kept]] * 3} for kept in (4, 8, 6)]
     assert facts["extra_memory"] == [1.0, 0.0, 0.0]
     assert built.folder.name == "orin_sm87_trt10.3.0"
 

@@ -17,6 +17,7 @@ from benchmarks.engines import (
     build_all,
     frozen_programs,
     half_along_a_run,
+    spanning_scratch,
     write_graphs,
 )
 from diffcr_compile.export.half import compute_in_half
@@ -67,19 +68,24 @@ def test_every_bucket_builds_in_both_modes(
     found = build_all(*reference, capability)
     weights = (reference[0] / "onnx" / WEIGHTS_FILE).stat().st_size
     separate = found["per_bucket"]["engines"]
-    (shared,) = found["profiles"]["engines"]
+    (shared,) = found["pinned"]["engines"]
+    (spanning,) = found["spanning"]["engines"]
     buckets = len(KEPT[0])
     assert len(separate) == shared["profiles"] == buckets
+    # one set of kernels and one of weights: little more than the smallest static engine
+    assert spanning["profiles"] == 1
+    assert found["spanning_over_one_engine"] <= 1.5
     # weights are in each engine, and in the shared one once: kernels of a profile weigh what they weigh
     overhead = max(engine["bytes"] for engine in separate) - weights
     assert overhead > 0
     assert shared["bytes"] < weights + 1.25 * buckets * overhead
-    assert found["profiles"]["bytes"] < 0.75 * found["per_bucket"]["bytes"]
+    assert found["pinned"]["bytes"] < 0.75 * found["per_bucket"]["bytes"]
     # a profile needs no more scratch memory than the static graph of its bucket, but for a little
     static = [engine["activation_bytes"][0] for engine in separate]
     assert len(shared["activation_bytes"]) == buckets
     for profile, alone in zip(shared["activation_bytes"], static, strict=True):
         assert profile <= 1.1 * alone
+    assert spanning["activation_bytes"][0] <= 1.1 * max(static)
 
 
 def test_attention_is_fused_in_every_block_in_float16_and_in_none_in_float32() -> None:
@@ -104,4 +110,7 @@ def test_attention_is_fused_in_every_block_in_float16_and_in_none_in_float32() -
         data = graph_from_exported(made, program)[0].SerializeToString()
         (scratch[name],) = build_rtx(data).activation_bytes
     assert scratch["fp16"] < heads * kept * kept * 2
+    # nor does a profile that spans buckets, with room for the most kept tokens
+    spanning = spanning_scratch(model, inputs, (kept, kept // 2, kept // 4))
+    assert spanning < heads * kept * kept * 2
     assert scratch["fp32"] > heads * kept * kept * 4

@@ -25,6 +25,7 @@ PAIRS = {
     "Runtime": "Runtime",
     "_Engine": "ICudaEngine",
     "_Context": "IExecutionContext",
+    "_RuntimeConfig": "IRuntimeConfig",
     "_Inspector": "EngineInspector",
     "IProgressMonitor": "IProgressMonitor",
 }
@@ -32,6 +33,7 @@ PAIRS = {
 OWN = {
     "alive", "facts", "session", "inputs", "outputs", "names", "logger", "network", "errors", "engine", "cache",
     "profiles", "workspace", "flags", "severity", "data", "shapes", "text", "ready", "memory", "addresses", "profile",
+    "strategy", "specialization",
 }  # fmt: skip
 
 
@@ -69,4 +71,6 @@ def test_names_of_flags_and_enumerations_are_tensorrts(fake: Any) -> None:
     attributes = ("progress_monitor", "profiling_verbosity")
     assert all(hasattr(real.IBuilderConfig, attribute) for attribute in attributes)
     assert hasattr(real.IOptimizationProfile, "extra_memory_target")
+    assert hasattr(real.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+    assert "EAGER" in real.DynamicShapesKernelSpecializationStrategy.__members__
     assert callable(real.nptype)

@@ -22,6 +22,7 @@ EXAMPLES = (
     "out/ --target rtx --compute-capability SM86",
 )
 Mode = Literal["auto", "profiles", "per_bucket"]
+Layout = Literal["auto", "pinned", "spanning"]
 
 
 def register(app: App) -> None:
@@ -35,6 +36,12 @@ def build(
     mode: Annotated[
         Mode,
         typer.Option(help="one engine with a profile per bucket, or an engine per bucket"),
+    ] = "auto",
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="of the mode profiles: a profile pinned to each bucket, or one that spans all"
+        ),
     ] = "auto",
     workspace: Annotated[
         int | None, typer.Option(min=1, help="most scratch memory of a tactic, in MB")
@@ -56,7 +63,7 @@ def build(
 
     settings = BuildSettings(workspace, compute_capability)
     device = find_target(target)
-    planned = engine_build.plan_build(out, device, mode, settings)
+    planned = engine_build.plan_build(out, device, mode, settings, layout)
     if not as_json:
         _say_plan(planned)
     if dry_run:
@@ -70,6 +77,7 @@ def build(
             mode,
             settings,
             lambda what, done, steps: event(what, done, max(steps, 1), {}),
+            layout,
         )
     if as_json:
         print_json(_json(planned, result))
@@ -78,7 +86,8 @@ def build(
 
 
 def _say_plan(planned: BuildPlan) -> None:
-    say(f"mode {planned.mode}: {planned.reason}")
+    layout = f", {planned.layout}" if planned.mode == "profiles" else ""
+    say(f"mode {planned.mode}{layout}: {planned.reason}")
     say("the same with trtexec, in the artifact's folder (build_on_device.sh):")
     for line in planned.lines:
         say(f"  {line}")
@@ -123,6 +132,7 @@ def _json(planned: BuildPlan, result: BuildResult | None) -> dict[str, Any]:
         "target": planned.target.name,
         "mode": planned.mode,
         "reason": planned.reason,
+        "layout": planned.layout if planned.mode == "profiles" else None,
         "plan": planned.plan.to_json(),
         "trtexec": list(planned.lines),
         "memory": planned.memory.to_json(),

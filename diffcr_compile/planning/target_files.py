@@ -136,6 +136,7 @@ class TargetFile(_Facts):
     dtypes: tuple[str, ...] = Field(min_length=1)
     fused_attention: tuple[str, ...] = ()
     build_memory: float | None = Field(default=None, gt=0)
+    profile_layout: Literal["pinned", "spanning"] = "pinned"
     macs_per_byte: float | None = Field(default=None, gt=0)
     remarks: tuple[str, ...] = ()
 

@@ -48,6 +48,8 @@ class Target(TargetFile):
         dtypes: floating types that run there, best known first.
         fused_attention: floating types whose attention is one kernel that keeps no score matrix.
         build_memory: peak memory of an engine build / bytes of weights; None where nothing is built.
+        profile_layout: how ``profiles`` engines are laid out: ``pinned`` where kernels are chosen at build
+            for given lengths, ``spanning`` where the runtime specialises them for the lengths it meets.
         macs_per_byte: MACs done in the time in which a byte is moved; None where nobody measured it.
         remarks: what else one should know before a build.
         min_opset, max_opset: ONNX opsets that are known to be read; None for no known bound.

@@ -24,7 +24,7 @@ from diffcr_compile.runtime.device import MODULES, Device
 ENGINES = "engines"
 SIDECAR = "engine.json"
 OK_FILE = "engine.ok.json"
-SIDECAR_VERSION = 1
+SIDECAR_VERSION = 2
 MAX_SIDECAR_BYTES = 1 << 24
 
 

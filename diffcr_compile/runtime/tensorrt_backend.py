@@ -1,4 +1,4 @@
-"""Engines of TensorRT: a context per profile over shared buffers, recorded as CUDA graphs where possible."""
+"""Engines of TensorRT: a context per set of lengths over shared buffers, recorded as CUDA graphs where possible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.engine_plan import EngineSpec
+from diffcr_compile.engine_plan import Place
 from diffcr_compile.errors import ArtifactError, ResourceError
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.cuda_api import Cuda
@@ -19,7 +19,7 @@ from diffcr_compile.runtime.device_buffers import ActivationBuffer, TensorBuffer
 from diffcr_compile.runtime.engine_files import Sidecar, plan_file, rebuild
 
 Array = npt.NDArray[Any]
-Place = tuple[str, int]  # name of an engine, number of the profile
+Key = tuple[str, int, int]  # name of an engine, number of the profile, of the lengths in it
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ class TensorRTBackend:
         self._swap, self._cuda_graphs = swap, cuda_graphs
         self._lock = threading.Lock()
         self._engines: dict[str, Any] = {}
-        self._contexts: dict[Place, _Context] = {}
+        self._contexts: dict[Key, _Context] = {}
         self.remarks: list[str] = []
         self._closed = False
         self._check_memory()
@@ -151,15 +151,15 @@ class TensorRTBackend:
 
     def _context(self, bucket: int) -> _Context:
         """The context of a bucket, made at its first use; with `swap` all others are dropped."""
-        engine, number = self._sidecar.plan.place(bucket)
-        place = (engine.name, number)
-        if place not in self._contexts:
+        place = self._sidecar.plan.place(bucket)
+        key = (place.engine.name, place.profile, place.entry)
+        if key not in self._contexts:
             if self._swap:
                 self._drop_contexts()
-                for name in [name for name in self._engines if name != engine.name]:
+                for name in [name for name in self._engines if name != place.engine.name]:
                     del self._engines[name]
-            self._contexts[place] = _Context(self._make_context(engine, number))
-        return self._contexts[place]
+            self._contexts[key] = _Context(self._make_context(place))
+        return self._contexts[key]
 
     def _engine(self, name: str) -> Any:
         if name not in self._engines:
@@ -176,10 +176,10 @@ class TensorRTBackend:
             self._engines[name] = engine
         return self._engines[name]
 
-    def _make_context(self, spec: EngineSpec, number: int) -> Any:
+    def _make_context(self, place: Place) -> Any:
+        spec, number, shapes = place.engine, place.profile, place.shapes
         engine = self._engine(spec.name)
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
+        context = engine.create_execution_context(self._context_settings(engine, bool(shapes)))
         if context is None:
             raise ResourceError(
                 f"TensorRT could not make a context for profile {number} of {spec.name}: memory. Load "
@@ -188,7 +188,6 @@ class TensorRTBackend:
             )
         done = bool(context.set_optimization_profile_async(number, self._cuda_stream))
         self._cuda.synchronize(self._cuda_stream)
-        shapes = spec.profiles[number].shapes
         for name, shape in shapes.items():
             done = done and bool(context.set_input_shape(name, shape))
         size = self._activation_bytes(engine, number)
@@ -204,6 +203,21 @@ class TensorRTBackend:
                 code="DCR-A011",
             )
         return context
+
+    def _context_settings(self, engine: Any, open_lengths: bool) -> Any:
+        """The scratch memory is ours; TensorRT-RTX specialises kernels for open lengths before the first run.
+
+        By itself it runs general kernels until the special ones are made in the background, and a CUDA graph
+        recorded meanwhile would keep the general ones.
+        """
+        ours = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        when = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if when is None or not open_lengths:
+            return ours
+        settings = engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(ours)
+        settings.dynamic_shapes_kernel_specialization_strategy = when.EAGER
+        return settings
 
     def _activation_bytes(self, engine: Any, profile: int) -> int:
         return int(engine.get_device_memory_size_for_profile_v2(profile))
@@ -268,9 +282,9 @@ class TensorRTBackend:
         """Inputs that say a length and whose values nobody reads -> bytes, at 8 per element."""
         sizes: dict[str, int] = {}
         for engine in self._sidecar.plan.engines:
-            for profile in engine.profiles:
-                for name, shape in profile.shapes.items():
-                    sizes[name] = max(sizes.get(name, 0), 8 * int(np.prod(shape)))
+            for bounds in engine.bounds():
+                for name, (_, _, longest) in bounds.items():
+                    sizes[name] = max(sizes.get(name, 0), 8 * int(np.prod(longest)))
         return sizes
 
     def _fill_length_inputs(self) -> None:

@@ -112,7 +112,7 @@ def _build_each(
         key = job_key(
             origin,
             spec.onnx,
-            [dict(p.shapes) for p in spec.profiles],
+            spec.bounds(),
             dataclasses.asdict(device),
             dataclasses.asdict(settings),
         )
@@ -160,8 +160,8 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
     source = artifact / UNCHECKED
     if not (source / "mode").is_file():
         return None
-    mode = (source / "mode").read_text(encoding="utf-8").strip()
-    plan = plan_engines(manifest, mode)  # type: ignore[arg-type]  # it refuses other words
+    mode, _, layout = (source / "mode").read_text(encoding="utf-8").strip().partition(" ")
+    plan = plan_engines(manifest, mode, layout)  # type: ignore[arg-type]  # it refuses other words
     names = [plan_file(spec.name) for spec in plan.engines]
     for name in names:
         _check_sum(source / name)

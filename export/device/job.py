@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffcr_compile.durable import write_json_atomic
-from diffcr_compile.engine_plan import EngineSpec, ProfileSpec
+from diffcr_compile.engine_plan import EngineSpec
 from diffcr_compile.manifest import sha256_file
 from diffcr_compile.runtime.engine_files import PlanFile, plan_file, read_plan_file
 
@@ -88,14 +88,7 @@ class BuildJob:
     def to_json(self) -> str:
         """As the worker reads it."""
         data = {
-            "spec": {
-                "name": self.spec.name,
-                "onnx": self.spec.onnx,
-                "profiles": [
-                    {"buckets": p.buckets, "shapes": dict(p.shapes)}
-                    for p in self.spec.profiles
-                ],
-            },
+            "spec": self.spec.to_json(),
             "artifact": str(self.artifact),
             "folder": str(self.folder),
             "runtime": self.runtime,
@@ -108,15 +101,8 @@ class BuildJob:
     def from_json(cls, text: str) -> BuildJob:
         """What `to_json` wrote."""
         data = json.loads(text)
-        spec = data["spec"]
-        profiles = tuple(
-            ProfileSpec(
-                tuple(p["buckets"]), {n: tuple(shape) for n, shape in p["shapes"].items()}
-            )
-            for p in spec["profiles"]
-        )
         return cls(
-            spec=EngineSpec(spec["name"], spec["onnx"], profiles),
+            spec=EngineSpec.from_json(data["spec"]),
             artifact=Path(data["artifact"]),
             folder=Path(data["folder"]),
             runtime=data["runtime"],

@@ -12,6 +12,7 @@ from diffcr_compile.engine_plan import (
     EngineMode,
     EnginePlan,
     EngineSpec,
+    ProfileLayout,
     plan_engines,
 )
 from diffcr_compile.errors import UsageError
@@ -99,7 +100,7 @@ build() {{
 """
 
 _TAIL = """\
-printf '%s\\n' "$mode" >{folder}/mode
+printf '%s %s\\n' "$mode" {layout} >{folder}/mode
 echo "built. Nothing runs until every timestep bucket gave its golden outputs on this device:"
 echo "  python3 diffcr_runtime.pyz check .        (or: diffcr validate . --level engine)"
 """
@@ -110,6 +111,7 @@ def write_script(
     manifest: Manifest,
     default: EngineMode | None = None,
     settings: BuildSettings | None = None,
+    layout: ProfileLayout = "pinned",
 ) -> Path:
     """Write ``build_on_device.sh`` into an artifact.
 
@@ -119,21 +121,29 @@ def write_script(
         default: the mode that it builds unless told otherwise; None for one that is always right,
             ``per_bucket``.
         settings: of the build.
+        layout: of the profiles in the mode ``profiles``.
     """
     path = artifact / SCRIPT
-    text = device_script(manifest, default or "per_bucket", settings or BuildSettings())
+    text = device_script(
+        manifest, default or "per_bucket", settings or BuildSettings(), layout
+    )
     atomic_write_bytes(path, text.encode())
     path.chmod(0o755)
     return path
 
 
-def device_script(manifest: Manifest, default: EngineMode, settings: BuildSettings) -> str:
+def device_script(
+    manifest: Manifest,
+    default: EngineMode,
+    settings: BuildSettings,
+    layout: ProfileLayout = "pinned",
+) -> str:
     """The text of ``build_on_device.sh``.
 
     Raises:
         UsageError: the artifact has no graphs for the default mode.
     """
-    plans = _plans(manifest)
+    plans = _plans(manifest, layout)
     if default not in plans:
         plan_engines(manifest, default)  # says why not
     sums = "\n".join(
@@ -154,15 +164,15 @@ def device_script(manifest: Manifest, default: EngineMode, settings: BuildSettin
         "esac",
         "",
     ]
-    return head + "\n".join(cases) + _TAIL.format(folder=UNCHECKED)
+    return head + "\n".join(cases) + _TAIL.format(folder=UNCHECKED, layout=layout)
 
 
-def _plans(manifest: Manifest) -> dict[EngineMode, EnginePlan]:
+def _plans(manifest: Manifest, layout: ProfileLayout) -> dict[EngineMode, EnginePlan]:
     """The modes that the artifact has graphs for."""
     found: dict[EngineMode, EnginePlan] = {}
     for mode in ENGINE_MODES:
         try:
-            found[mode] = plan_engines(manifest, mode)
+            found[mode] = plan_engines(manifest, mode, layout)
         except UsageError:
             continue  # exported without graphs for it
     return found

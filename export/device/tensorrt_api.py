@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcr_compile.engine_plan import Bounds
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.device.job import BuildSettings
 
-Shapes = Mapping[str, tuple[int, ...]]
+ProfileBounds = Mapping[str, Bounds]
 # (phase of the build, steps done, steps)
 Progress = Callable[[str, int, int], None]
 
@@ -17,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 def build_engine(
     trt: Any,
     onnx: Path,
-    profiles: Sequence[Shapes],
+    profiles: Sequence[ProfileBounds],
     settings: BuildSettings,
     timing_cache: Path | None = None,
     progress: Progress | None = None,
@@ -27,8 +28,8 @@ def build_engine(
     Args:
         trt: TensorRT's or TensorRT-RTX's module.
         onnx: the graph; its weights lie beside it.
-        profiles: shapes of the inputs that the graph leaves open, per profile; one empty profile for a
-            static graph.
+        profiles: smallest, typical and largest shape of the inputs that the graph leaves open, per
+            profile; one empty profile for a static graph.
         settings: how.
         timing_cache: read before and written after the build; None for none.
         progress: called while TensorRT works.
@@ -96,14 +97,14 @@ def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
         )
 
 
-def _add_profiles(builder: Any, config: Any, profiles: Sequence[Shapes]) -> None:
-    """One profile each with min = opt = max; none for a static graph."""
-    for number, shapes in enumerate(profiles):
-        if not shapes:
+def _add_profiles(builder: Any, config: Any, profiles: Sequence[ProfileBounds]) -> None:
+    """One profile each; none for a static graph."""
+    for number, bounds in enumerate(profiles):
+        if not bounds:
             continue
         profile = builder.create_optimization_profile()
-        for name, shape in shapes.items():
-            profile.set_shape(name, shape, shape, shape)
+        for name, shapes in bounds.items():
+            profile.set_shape(name, *shapes)
         if number > 0 and hasattr(profile, "extra_memory_target"):
             profile.extra_memory_target = 0.0  # later profiles use the weights of the first
         config.add_optimization_profile(profile)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
-from diffcr_compile.engine_plan import EnginePlan, EngineSpec
+from diffcr_compile.engine_plan import EnginePlan, EngineSpec, Shape
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.runtime.engine_files import plan_file
 
@@ -30,15 +31,19 @@ def trtexec_arguments(spec: EngineSpec, settings: BuildSettings, plan: str) -> l
     ]
     if settings.workspace_mb is not None:
         arguments.append(f"--memPoolSize=workspace:{settings.workspace_mb}")
-    for number, profile in enumerate(spec.profiles):
-        if not profile.shapes:
+    for number, bounds in enumerate(spec.bounds()):
+        if not bounds:
             continue
-        shapes = ",".join(
-            f"{name}:{'x'.join(map(str, shape))}" for name, shape in profile.shapes.items()
-        )
         arguments.append(f"--profile={number}")
-        arguments += [f"--{bound}Shapes={shapes}" for bound in ("min", "opt", "max")]
+        arguments += [
+            f"--{bound}Shapes={_written({name: three[at] for name, three in bounds.items()})}"
+            for at, bound in enumerate(("min", "opt", "max"))
+        ]
     return arguments
+
+
+def _written(shapes: Mapping[str, Shape]) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def trtexec_lines(plan: EnginePlan, settings: BuildSettings) -> list[str]:

@@ -38,7 +38,7 @@ def _build(job: BuildJob) -> None:
     data = build_engine(
         tensorrt_module(job.runtime),
         job.artifact / job.spec.onnx,
-        [profile.shapes for profile in job.spec.profiles],
+        job.spec.bounds(),
         job.settings,
         timing_cache=None if ahead else job.timing_cache,
         progress=lambda phase, done, steps: _say(phase=phase, done=done, steps=steps),

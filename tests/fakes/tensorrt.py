@@ -57,6 +57,12 @@ class ExecutionContextAllocationStrategy(enum.IntEnum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+if os.environ.get("FAKE_TRT_RTX"):
+
+    class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
+        LAZY, EAGER, NONE = range(3)
+
+
 class ProfilingVerbosity(enum.IntEnum):
     LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
 
@@ -80,12 +86,12 @@ class _TimingCache:
 
 class _Profile:
     def __init__(self) -> None:
-        self.shapes: dict[str, list[int]] = {}
+        self.shapes: dict[str, list[list[int]]] = {}
         self.extra_memory_target = 1.0
 
     def set_shape(self, name: str, low: Any, best: Any, high: Any) -> None:
-        assert tuple(low) == tuple(best) == tuple(high)
-        self.shapes[name] = list(low)
+        assert all(a <= b <= c for a, b, c in zip(low, best, high, strict=True))
+        self.shapes[name] = [list(low), list(best), list(high)]
 
 
 class _Config:
@@ -287,9 +293,25 @@ class _Engine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 4096 * (1 + profile)
 
-    def create_execution_context(self, strategy: Any) -> _Context:
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
-        return _Context(self)
+    def create_runtime_config(self) -> _RuntimeConfig:
+        return _RuntimeConfig()
+
+    def create_execution_context(self, settings: Any) -> _Context:
+        context = _Context(self)
+        if isinstance(settings, _RuntimeConfig):
+            context.specialization = settings.dynamic_shapes_kernel_specialization_strategy
+            settings = settings.strategy
+        assert settings == ExecutionContextAllocationStrategy.USER_MANAGED
+        return context
+
+
+class _RuntimeConfig:
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.dynamic_shapes_kernel_specialization_strategy = 0
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
 
 
 class _Inspector:
@@ -311,6 +333,7 @@ def nptype(dtype: str) -> Any:
 class _Context:
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
+        self.specialization: int | None = None
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.memory: tuple[int, int] | None = None
@@ -323,9 +346,12 @@ class _Context:
         return True
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
-        wanted = self.engine.facts["profiles"][self.profile].get(name)
+        bounds = self.engine.facts["profiles"][self.profile].get(name)
         self.shapes[name] = tuple(shape)
-        return wanted == list(shape)
+        if bounds is None:
+            return False
+        low, _, high = bounds
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0

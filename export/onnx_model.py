@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
+from diffcr_compile.export.optimize_graph import optimize_graph
 from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.program import Program, run_flat
 
@@ -91,9 +92,10 @@ def graph_from_exported(
     """The ONNX graph and its node map of what :func:`exported_program` made of `program`."""
     with quiet(), _named_failures(program):
         made = torch.onnx.export(
-            exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=True
+            exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
         )
-    assert made is not None
+        assert made is not None
+        optimize_graph(made.model)
     if store is not None:
         store.take(made.model)
     model: ModelProto = made.model_proto

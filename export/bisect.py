@@ -24,7 +24,7 @@ from diffcr_compile.export.block_values import (
     BLOCK_VALUES,
     BlockValue,
     leaving,
-    mark,
+    marks,
     read_block_values,
     to_json,
 )
@@ -103,13 +103,12 @@ def block_values(
     places: Sequence[tuple[str, str, str]], arrays: Sequence[Array]
 ) -> list[BlockValue]:
     """Marks of values at their places."""
-    values = []
-    for (block, value, node), array in zip(places, arrays, strict=True):
-        norm, signs = mark(array)
-        values.append(
-            BlockValue(block, value, node, array.shape, array.dtype.name, norm, signs)
+    return [
+        BlockValue(block, value, node, array.shape, array.dtype.name, *found)
+        for (block, value, node), array, found in zip(
+            places, arrays, marks(arrays), strict=True
         )
-    return values
+    ]
 
 
 def bisect_onnx(
@@ -217,7 +216,7 @@ def run_with_outputs(
         return []
     if has_many_weights(model):
         given = {name: as_graph_input(array) for name, array in inputs.items()}
-        return run_in_pieces(path, model, names, given)
+        return run_in_pieces(path, model, names, [given])[0]
     from diffcr_compile.export.parity import run_onnx
 
     part = with_outputs(model, names)

@@ -24,6 +24,9 @@ Array = npt.NDArray[Any]
 BLOCK_VALUES = "golden/blocks.json"
 SIGNS = 32
 _SEED = 20_26
+# Elements of a value that are multiplied at a time, an even number.
+_PART = 1 << 14
+Mark = tuple[float, tuple[float, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +61,30 @@ class BlockValue:
         return max(estimate, abs(norm - self.norm)) / max(self.norm, 1e-30)
 
 
-def mark(array: Array) -> tuple[float, tuple[float, ...]]:
+def mark(array: Array) -> Mark:
     """Norm, and products with 32 vectors of random signs, the same on every machine."""
-    flat = np.asarray(array, np.float64).ravel()
+    return marks([array])[0]
+
+
+def marks(arrays: Sequence[Array]) -> list[Mark]:
+    """:func:`mark` of each array; signs are made once for all of them, a part at a time."""
+    flats = [np.ravel(array) for array in arrays]
     # Raw output of the generator, which NumPy keeps for ever; a bit is a sign.
-    bits = np.random.PCG64(_SEED).random_raw((flat.size + 1) // 2).view(np.uint32)[: flat.size]
-    total = float(flat.sum())
-    signs = tuple(
-        2 * float(flat[(bits >> np.uint32(number)) & np.uint32(1) == 1].sum()) - total
-        for number in range(SIGNS)
-    )
-    return float(np.linalg.norm(flat)), signs
+    generator = np.random.PCG64(_SEED)
+    products = np.zeros((len(flats), SIGNS))
+    for start in range(0, max((flat.size for flat in flats), default=0), _PART):
+        words = generator.random_raw(_PART // 2).astype("<u8").view(np.uint8)
+        bits = np.unpackbits(words, bitorder="little").reshape(_PART, SIGNS)
+        longer = [number for number, flat in enumerate(flats) if flat.size > start]
+        rows = np.zeros((len(longer), _PART))
+        for row, number in zip(rows, longer, strict=True):
+            part = flats[number][start : start + _PART]
+            row[: part.size] = part
+        products[longer] += rows @ (2.0 * bits - 1.0)  # (values, 32)
+    return [
+        (float(np.linalg.norm(flat.astype(np.float64))), tuple(map(float, row)))
+        for flat, row in zip(flats, products, strict=True)
+    ]
 
 
 def leaving(

@@ -113,7 +113,7 @@ class Checks:
         places = places_of_values(self.folder, graph, model)
         names = [value.name for value in model.graph.output]
         given = {name: as_graph_input(array) for name, array in inputs.items()}
-        arrays = run_in_pieces(path, model, [*names, *(p[1] for p in places)], given)
+        (arrays,) = run_in_pieces(path, model, [*names, *(p[1] for p in places)], [given])
         self.values[graph] = block_values(places, arrays[len(names) :])
         return arrays[: len(names)]
 

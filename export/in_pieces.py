@@ -2,7 +2,7 @@
 
 A session copies the weights of a graph into the layout that its kernels like. Beside the model in torch that would be
 a second copy, so graphs with many weights are checked in pieces: the same nodes in the same order, each piece a
-session that ends before the next one starts.
+session that ends before the next one starts. It reads the weights where they lie, mapped from their file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]
+Runs = Callable[[Sequence[Mapping[str, Array]]], list[list[Array]]]
 # Weights of one piece; graphs with fewer run as a whole, as the runtime runs them.
 PIECE_BYTES = 1 << 28
 
@@ -35,33 +36,35 @@ def has_many_weights(model: ModelProto) -> bool:
 
 def run_checked(path: Path, inputs: Mapping[str, Array]) -> list[Array]:
     """Outputs of an ONNX file on the CPU, in pieces if it has many weights."""
+    run = piecewise(path)
+    if run is None:
+        return run_onnx(path, inputs)
+    return run([{name: as_graph_input(array) for name, array in inputs.items()}])[0]
+
+
+def piecewise(path: Path) -> Runs | None:
+    """Outputs of a file for each of several inputs, in pieces; None if it has few weights, and one session is better."""
     model = onnx.load(str(path), load_external_data=False)
     if not has_many_weights(model):
-        return run_onnx(path, inputs)
-    given = {name: as_graph_input(array) for name, array in inputs.items()}
-    return run_in_pieces(path, model, [value.name for value in model.graph.output], given)
-
-
-def piecewise(path: Path) -> Callable[[Mapping[str, Array]], list[Array]] | None:
-    """Runs a file in pieces; None if it has few weights, and one session is better."""
-    model = onnx.load(str(path), load_external_data=False)
-    return (lambda given: run_checked(path, given)) if has_many_weights(model) else None
+        return None
+    outputs = [value.name for value in model.graph.output]
+    return lambda inputs: run_in_pieces(path, model, outputs, inputs)
 
 
 def run_in_pieces(
     path: Path,
     model: ModelProto,
     names: Sequence[str],
-    inputs: Mapping[str, Array],
+    inputs: Sequence[Mapping[str, Array]],
     piece_bytes: int | None = None,
-) -> list[Array]:
-    """Values of a graph, computed on the CPU.
+) -> list[list[Array]]:
+    """Values of a graph for each of several inputs, computed on the CPU.
 
     Args:
         path: of the graph, beside which its weights lie.
         model: the graph.
         names: of the values.
-        inputs: of the graph.
+        inputs: of the graph, once or more often; each piece runs for all of them.
         piece_bytes: weights of a piece, one node at least; ``PIECE_BYTES`` by default.
     """
     graph = model.graph
@@ -69,18 +72,22 @@ def run_in_pieces(
     last = {name: number for number, node in enumerate(graph.node) for name in node.input}
     last |= dict.fromkeys(names, len(graph.node))
     types = _types(model)
-    living: dict[str, Array] = dict(inputs)
+    living: list[dict[str, Array]] = [dict(given) for given in inputs]
     for start, nodes in _pieces(graph.node, weights, piece_bytes or PIECE_BYTES):
         end = start + len(nodes)
         made = {name for node in nodes for name in node.output if name}
         wanted = [name for name in made if last.get(name, -1) >= end]
         read = dict.fromkeys(name for node in nodes for name in node.input if name)
-        given = {n: living[n] for n in read if n not in made and n not in weights}
-        piece = _piece(model, nodes, given, [types[n] for n in wanted])
+        given = [n for n in read if n not in made and n not in weights]
+        entries = [_entry(name, [values[name] for values in living]) for name in given]
+        piece = _piece(model, nodes, entries, [types[n] for n in wanted])
         piece.graph.initializer.extend(weights[n] for n in read if n in weights)
-        living |= dict(zip(wanted, _run(path, piece, wanted, given), strict=True))
-        living = {n: array for n, array in living.items() if last.get(n, -1) >= end}
-    return [living[name] for name in names]
+        found = _run(path, piece, wanted, [{n: v[n] for n in given} for v in living])
+        living = [
+            {n: array for n, array in {**values, **new}.items() if last.get(n, -1) >= end}
+            for values, new in zip(living, found, strict=True)
+        ]
+    return [[values[name] for name in names] for values in living]
 
 
 def _pieces(
@@ -99,18 +106,20 @@ def _pieces(
         yield start, piece
 
 
+def _entry(name: str, arrays: Sequence[Array]) -> onnx.ValueInfoProto:
+    """An input of a piece for all of these arrays: where their lengths differ the axis is open."""
+    lengths = [set(axis) for axis in zip(*(array.shape for array in arrays), strict=True)]
+    shape = [axis.pop() if len(axis) == 1 else None for axis in lengths]
+    kind = onnx.helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
 def _piece(
     model: ModelProto,
     nodes: Sequence[NodeProto],
-    given: Mapping[str, Array],
+    inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
 ) -> ModelProto:
-    inputs = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
-        )
-        for name, array in given.items()
-    ]
     graph = onnx.helper.make_graph(nodes, "piece", inputs, outputs)
     return onnx.helper.make_model(
         graph, opset_imports=list(model.opset_import), ir_version=model.ir_version
@@ -118,15 +127,22 @@ def _piece(
 
 
 def _run(
-    path: Path, piece: ModelProto, wanted: Sequence[str], given: Mapping[str, Array]
-) -> list[Array]:
+    path: Path,
+    piece: ModelProto,
+    wanted: Sequence[str],
+    inputs: Sequence[Mapping[str, Array]],
+) -> list[dict[str, Array]]:
+    """The wanted values of a piece for each of several inputs."""
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f"{path.stem}.", suffix=PARTIAL_SUFFIX
     ) as file:  # beside the weights, where ONNX Runtime looks for them
         file.write(piece.SerializeToString())
         file.flush()
-        arrays: list[Array] = make_session(Path(file.name)).run(list(wanted), dict(given))
-    return arrays
+        session = make_session(Path(file.name), prepack=False)
+    return [
+        dict(zip(wanted, session.run(list(wanted), dict(given)), strict=True))
+        for given in inputs
+    ]
 
 
 def _types(model: ModelProto) -> dict[str, onnx.ValueInfoProto]:

@@ -108,7 +108,7 @@ def compare_open_graph(
     gate: tuple[float, Measure],
     *,
     path: Path | None = None,
-    run: Callable[[Mapping[str, Array]], list[Array]] | None = None,
+    run: Callable[[Sequence[Mapping[str, Array]]], list[list[Array]]] | None = None,
     expected: Callable[[int, Mapping[str, Array]], Sequence[Any]] | None = None,
 ) -> Iterator[Parity]:
     """ONNX Runtime against the golden outputs for every bucket of a graph with open K.
@@ -121,29 +121,29 @@ def compare_open_graph(
         step: which two executions, for the reader.
         gate: tolerance, and what it is about.
         path: another file in the place of the graph.
-        run: runs it; None for a session.
+        run: runs it for each of several inputs; None for a session.
         expected: what to compare with in a bucket on its inputs; None for the golden outputs.
     """
     if not row["kept_inputs"]:
         return
     run = run or _in_a_session(path or folder / row["onnx"])
+    given, wanted = [], []
     for bucket in row["buckets"]:
         inputs, golden = read_golden(folder / golden_path(bucket))
-        wanted = golden if expected is None else expected(bucket, inputs)
-        given = {name: as_graph_input(array) for name, array in inputs.items()}
+        wanted.append(golden if expected is None else expected(bucket, inputs))
+        arrays = {name: as_graph_input(array) for name, array in inputs.items()}
         for name, block in row["kept_inputs"].items():
-            given[name] = np.zeros(kept_tokens[block][bucket], np.float32)
-        yield compare(step, run(given), wanted, gate[0], bucket, gate[1])
+            arrays[name] = np.zeros(kept_tokens[block][bucket], np.float32)
+        given.append(arrays)
+    for bucket, found, outputs in zip(row["buckets"], run(given), wanted, strict=True):
+        yield compare(step, found, outputs, gate[0], bucket, gate[1])
 
 
-def _in_a_session(path: Path) -> Callable[[Mapping[str, Array]], list[Array]]:
+def _in_a_session(
+    path: Path,
+) -> Callable[[Sequence[Mapping[str, Array]]], list[list[Array]]]:
     session = make_session(path)
-
-    def run(given: Mapping[str, Array]) -> list[Array]:
-        outputs: list[Array] = session.run(None, dict(given))
-        return outputs
-
-    return run
+    return lambda inputs: [session.run(None, dict(given)) for given in inputs]
 
 
 def _float64(value: Any) -> npt.NDArray[np.float64]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
@@ -15,6 +17,7 @@ from onnx import ModelProto, TensorProto
 from diffcr_compile.durable import atomic_write_bytes, published
 from diffcr_compile.errors import ArtifactError
 
+Buffer = bytes | memoryview
 WEIGHTS_FILE = "weights.bin"
 # Smaller tensors stay in the graph: shape inference needs the small ones, and a reference to
 # external data costs about 80 bytes itself.
@@ -70,7 +73,7 @@ class WeightsWriter:
                 continue
             if tensor.nbytes < INLINE_BYTES:
                 continue
-            offset, length = self._place(tensor.tobytes())
+            offset, length = self._place(_memory_of(tensor))
             value.const_value = ir.ExternalTensor(
                 self.path.name,
                 offset,
@@ -95,7 +98,7 @@ class WeightsWriter:
             if len(data) >= INLINE_BYTES:
                 _refer(tensor, self.path.name, *self._place(data))
 
-    def _place(self, data: bytes) -> tuple[int, int]:
+    def _place(self, data: Buffer) -> tuple[int, int]:
         """(offset, length) of `data` in the file; written if it is new."""
         key = hashlib.sha256(data).digest()
         if key not in self._places:
@@ -130,6 +133,12 @@ def place_of(tensor: TensorProto) -> tuple[str, int, int]:
     """File, offset and length of a tensor that lies in a file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0))
+
+
+def _memory_of(tensor: ir.TensorProtocol) -> Buffer:
+    """Where a tensor's values lie, without a copy where they lie one after the other."""
+    values: npt.NDArray[np.generic] = np.ascontiguousarray(tensor.numpy())
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _raw_bytes(tensor: TensorProto) -> bytes:

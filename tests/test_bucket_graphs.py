@@ -95,10 +95,33 @@ def test_pieces_give_what_the_whole_graph_gives(
     given = {name: tensor.numpy() for name, tensor in program.example.items()}
     inner = model.graph.node[len(model.graph.node) // 2].output[0]
     wanted = [*(value.name for value in model.graph.output), inner]
-    found = run_in_pieces(path, model, wanted, given, piece_bytes=1 << 14)
+    (found,) = run_in_pieces(path, model, wanted, [given], piece_bytes=1 << 14)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     assert len(found) == len(wanted)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.onnx", "weights.bin"]
+
+
+def test_pieces_of_a_graph_with_k_open_run_for_several_k(
+    cases: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = cases("plain")
+    opened = run_passes(case.frozen(half(case)), [OpenKeptTokens(half(case))])
+    path = tmp_path / "graph.onnx"
+    with WeightsWriter(tmp_path / "weights.bin") as writer:
+        model, _ = export_graph(opened, writer)
+        writer.externalize(model)
+    path.write_bytes(model.SerializeToString())
+    inputs = [
+        {name: tensor.numpy() for name, tensor in opened.example.items()}
+        | dict.fromkeys(map(input_name, half(case)), np.zeros(kept, np.float32))
+        for kept in (3, 11)
+    ]
+    names = [value.name for value in model.graph.output]
+    found = run_in_pieces(path, model, names, inputs, piece_bytes=1 << 12)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for given, arrays in zip(inputs, found, strict=True):
+        np.testing.assert_allclose(arrays[0], session.run(None, given)[0], atol=1e-6)
+    assert not np.allclose(found[0][0], found[1][0])
 
 
 def test_an_export_that_is_checked_in_pieces_is_the_same(

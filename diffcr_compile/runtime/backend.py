@@ -35,13 +35,16 @@ def check_provider(provider: str) -> str:
     return name
 
 
-def make_session(path: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+def make_session(
+    path: Path, provider: str = "cpu", threads: int | None = None, *, prepack: bool = True
+) -> Any:
     """An ``onnxruntime.InferenceSession`` that runs where it was told to.
 
     Args:
         path: the ONNX file.
         provider: ``cpu`` or ``cuda``.
         threads: threads inside an operator, at least 1; None for ONNX Runtime's default.
+        prepack: copy weights into the layout that kernels like, which pays from the second run on.
 
     Raises:
         UsageError: bad `provider` or `threads`.
@@ -62,6 +65,8 @@ def make_session(path: Path, provider: str = "cpu", threads: int | None = None) 
     # Every session has threads of its own, which spin for a while after a run. With a session per
     # timestep bucket those of the last bucket would take the cores from the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = [(n, _OPTIONS.get(n, {})) for n in dict.fromkeys([name, _PROVIDERS["cpu"]])]
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=wanted)

@@ -98,6 +98,18 @@ def test_a_wrong_answer_is_a_mismatch_and_fails_the_run(
     assert suite.main(["--smoke", "--only", "eager", "--out", str(record.path)]) == 1
 
 
+def test_a_large_model_is_held_to_the_device_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CPU_SIZE", 64 * 32 - 1)
+    answer = worker.Worker("cpu", tmp_path, 0.1).answer(CASE)
+    assert answer["status"] == "ok"
+    assert [row["step"] for row in answer["parity"]] == [
+        "dense -> float32, eager, device",
+        "compressed -> float32, eager, device",
+    ]
+
+
 def test_an_exception_of_an_executor_is_noted(
     working: worker.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

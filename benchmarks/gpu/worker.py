@@ -20,7 +20,7 @@ from benchmarks.gpu.cases import TRT, Case
 from benchmarks.gpu.engines import Engine, UnavailableError
 from benchmarks.gpu.half_onnx import write_half
 from benchmarks.gpu.models import Routed, frozen, make_routed
-from benchmarks.gpu.parity import References, parity_rows, references, to_arrays
+from benchmarks.gpu.parity import CPU_SIZE, References, parity_rows, references, to_arrays
 from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.errors import one_line
 
@@ -55,7 +55,8 @@ class Worker:
         started = time.perf_counter()
         routed = self._model(case)
         path = self._folder / "references" / f"{case.model_key}-k{case.keep_ratio:g}.npz"
-        of = references(routed, case.keep_ratio, path)
+        is_small = case.tokens * case.width <= CPU_SIZE
+        of = references(routed, case.keep_ratio, path, on_cpu_too=is_small)
         made = time.perf_counter()
         engines, memory = {}, {}
         for name, ratio in ((measure.DENSE, 1.0), (measure.COMPRESSED, case.keep_ratio)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ import diffcr_compile as dcr
 from benchmarks.engines import (
     CAPABILITIES,
     KEPT,
+    RESULTS,
     STEPS,
     GraphsOnly,
     build_all,
+    calibrated_programs,
     frozen_programs,
     half_along_a_run,
+    sampled_difference,
     spanning_scratch,
     write_graphs,
 )
@@ -59,6 +63,29 @@ def test_float16_is_near_float32_in_every_state_of_a_sampling_run(half: HalfGrap
         )  # the worst of its bucket; exactly 0 would be no float16
     assert half.islands == ()
     assert half.swapped < 0.02
+
+
+@pytest.mark.soak
+def test_float16_left_to_itself_samples_what_float32_does_after_a_calibration() -> None:
+    """With its own states and tokens, at every step of four runs. Untrained routers are far from it."""
+    frozen = calibrated_programs()
+    found = sampled_difference(frozen, half_along_a_run(frozen))
+    assert found["finite"]
+    assert max(found["rel_l2"]) <= 5e-3
+
+
+def test_the_committed_figures_are_within_their_bounds() -> None:
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert set(record["engines"]) == set(CAPABILITIES)
+    assert all(row["spanning_over_one_engine"] <= 1.5 for row in record["engines"].values())
+    calibrated = record["float16_calibrated"]
+    assert (
+        max(calibrated["worst_rel_l2_same_tokens"], *calibrated["samples"]["rel_l2"]) <= 5e-3
+    )
+    assert (
+        record["attention"]["fp16_spanning"]["activation_bytes"]
+        < (record["attention"]["fp16"]["one_score_matrix_bytes"])
+    )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -38,6 +38,7 @@ from benchmarks.speed.models import (
 from benchmarks.speed.plain import plain_onnx
 from benchmarks.speed.record import read_record, record_path, write_record
 from diffcr_compile.export import artifact, bucket_graphs
+from diffcr_compile.export.checks import Checks
 
 TEXT_WIDTH_LARGE = 4096
 
@@ -166,8 +167,8 @@ def mapped_model(case: Case, folder: Path) -> nn.Module:
 
 
 def watch_graphs() -> dict[str, list[float]]:
-    """Processor seconds of every ONNX graph from now on: exported ones, and derived ones."""
-    found: dict[str, list[float]] = {"exported": [], "derived": []}
+    """Processor seconds of every ONNX graph from now on, exported or derived, of golden outputs and of checks."""
+    found: dict[str, list[float]] = {"exported": [], "derived": [], "golden": [], "checks": []}
 
     def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -181,6 +182,9 @@ def watch_graphs() -> dict[str, list[float]]:
 
     artifact.export_graph = timed("exported", artifact.export_graph)
     bucket_graphs.at_kept_tokens = timed("derived", bucket_graphs.at_kept_tokens)
+    artifact._write_golden = timed("golden", artifact._write_golden)
+    for name in ("bucket", "shared"):
+        setattr(Checks, name, timed("checks", getattr(Checks, name)))
     return found
 
 
@@ -213,13 +217,15 @@ def summary(cases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for case in cases.get("large", []):
         plain = sum(case[p]["processor_seconds"] for p in ("plain", "plain_again")) / 2
         stages = ("capture_and_route", "freeze", "export")
+        spent = case["export"]["graphs"]
         found["large"] = {
             "peak_over_weights": {s: case[s]["peak"] / case["weights"] for s in stages},
             "plain_peak_over_weights": case["plain"]["peak"] / case["weights"],
             "export_over_plain": case["export"]["processor_seconds"] / plain,
-            "graphs_over_plain": sum(map(sum, case["export"]["graphs"].values())) / plain,
-            "further_bucket": max(case["export"]["graphs"]["derived"])
-            / sum(case["export"]["graphs"]["exported"]),
+            "graphs_over_plain": (sum(spent["exported"]) + sum(spent["derived"])) / plain,
+            "golden_over_plain": sum(spent["golden"]) / plain,
+            "checks_over_plain": sum(spent["checks"]) / plain,
+            "further_bucket": max(spent["derived"]) / sum(spent["exported"]),
         }
     if len(cases.get("blocks", [])) > 2:
         blocks = np.array([case["blocks"] for case in cases["blocks"]], float)

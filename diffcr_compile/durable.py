@@ -81,6 +81,29 @@ def write_json_atomic(path: Path, data: Any) -> None:
     atomic_write_bytes(path, json.dumps(data, indent=1, allow_nan=False).encode() + b"\n")
 
 
+@contextlib.contextmanager
+def passing_file(folder: Path, prefix: str, data: bytes) -> Iterator[Path]:
+    """A file that is gone when the context ends; after a kill it is a leftover like any other.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    path: Path | None = None
+    try:
+        try:
+            handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL_SUFFIX, dir=folder)
+            os.close(handle)
+            path = Path(name)
+            path.write_bytes(data)
+        except OSError as error:
+            raise disk_error(error, path or folder, len(data)) from error
+        yield path
+    finally:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def force_folder(folder: Path) -> None:
     """Force names that were made, renamed or removed in a folder to the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened

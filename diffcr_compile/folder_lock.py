@@ -14,6 +14,7 @@ from diffcr_compile.durable import disk_error, disk_errors_in_words
 from diffcr_compile.errors import UsageError
 
 LOCK_FILE = ".lock"
+LOCK_BYTES = 8  # a process number and a line break
 # What a system answers where somebody else has the lock; all else is a disk that cannot do it.
 _TAKEN = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
@@ -32,7 +33,7 @@ def take_lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("a+")
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, folder, LOCK_BYTES) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -44,10 +45,10 @@ def take_lock(folder: Path) -> IO[str]:
             f"another diffcr run is at work in {folder}{holder}; wait for it or name another folder",
             code="DCR-U017",
         ) from None
-    with contextlib.suppress(OSError):  # the name of the holder is a help, not the lock
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    # The name of the holder is a help, not the lock. Past the buffer, which would be written once more at the end.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"{os.getpid()}\n".encode())
     return lock
 
 

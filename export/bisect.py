@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto
 
-from diffcr_compile.durable import PARTIAL_SUFFIX, write_json_atomic
+from diffcr_compile.durable import passing_file, write_json_atomic
 from diffcr_compile.errors import EnvironmentMissingError, one_line
 from diffcr_compile.export.block_values import (
     BLOCK_VALUES,
@@ -220,13 +219,10 @@ def run_with_outputs(
     from diffcr_compile.export.parity import run_onnx
 
     part = with_outputs(model, names)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f"{path.stem}.", suffix=PARTIAL_SUFFIX
-    ) as file:  # beside the weights, where ONNX Runtime looks for them
-        file.write(part.SerializeToString())
-        file.flush()
-        used = {value.name for value in part.graph.input}
-        return run_onnx(Path(file.name), {k: v for k, v in inputs.items() if k in used})
+    used = {value.name for value in part.graph.input}
+    # beside the weights, where ONNX Runtime looks for them
+    with passing_file(path.parent, f"{path.stem}.", part.SerializeToString()) as file:
+        return run_onnx(file, {k: v for k, v in inputs.items() if k in used})
 
 
 def _inputs(artifact: Path, manifest: Manifest, graph: str) -> tuple[dict[str, Array], int]:

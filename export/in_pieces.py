@@ -8,7 +8,6 @@ session that ends before the next one starts. It reads the weights where they li
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from diffcr_compile.durable import PARTIAL_SUFFIX
+from diffcr_compile.durable import passing_file
 from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
@@ -133,12 +132,9 @@ def _run(
     inputs: Sequence[Mapping[str, Array]],
 ) -> list[dict[str, Array]]:
     """The wanted values of a piece for each of several inputs."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f"{path.stem}.", suffix=PARTIAL_SUFFIX
-    ) as file:  # beside the weights, where ONNX Runtime looks for them
-        file.write(piece.SerializeToString())
-        file.flush()
-        session = make_session(Path(file.name), prepack=False)
+    # beside the weights, where ONNX Runtime looks for them
+    with passing_file(path.parent, f"{path.stem}.", piece.SerializeToString()) as file:
+        session = make_session(file, prepack=False)
     return [
         dict(zip(wanted, session.run(list(wanted), dict(given)), strict=True))
         for given in inputs

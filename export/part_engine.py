@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from diffcr_compile.durable import PARTIAL_SUFFIX, atomic_write_bytes
+from diffcr_compile.durable import atomic_write_bytes, passing_file
 from diffcr_compile.engine_plan import EnginePlan, EngineSpec, LengthsSpec, ProfileSpec
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.tensorrt_api import build_engine
@@ -60,14 +60,10 @@ def run_part(
     bucket = {**manifest.buckets[0], "index": 0}
     small = dataclasses.replace(manifest, outputs=outputs, buckets=[bucket], profile_graphs=[])
     with (
-        tempfile.NamedTemporaryFile(
-            dir=(artifact / graph).parent, prefix="part.", suffix=PARTIAL_SUFFIX
-        ) as file,
+        passing_file((artifact / graph).parent, "part.", part.SerializeToString()) as file,
         tempfile.TemporaryDirectory() as folder,
     ):
-        file.write(part.SerializeToString())
-        file.flush()
-        plan = build_engine(trt, Path(file.name), [{}], BuildSettings())
+        plan = build_engine(trt, file, [{}], BuildSettings())
         path = Path(folder) / plan_file("part")
         atomic_write_bytes(path, plan)
         profile = ProfileSpec((LengthsSpec((0,), {}),))

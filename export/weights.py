@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
-from diffcr_compile.durable import atomic_write_bytes, published
+from diffcr_compile.durable import atomic_write_bytes, disk_error, published
 from diffcr_compile.errors import ArtifactError
 
 Buffer = bytes | memoryview
@@ -58,7 +58,9 @@ class WeightsWriter:
         try:
             self._file.close()
         except OSError as failed:  # the last bytes are written here
-            kind, error, trace = type(failed), failed, failed.__traceback__
+            if error is None:
+                full = disk_error(failed, self.path, self._end)
+                kind, error, trace = type(full), full, failed.__traceback__
         self._published.__exit__(kind, error, trace)
 
     def take(self, model: ir.Model) -> None:
@@ -105,8 +107,14 @@ class WeightsWriter:
             assert self._file is not None
             align = PAGE if len(data) > LARGE_BYTES else LINE
             padding = -self._end % align
-            self._file.write(b"\0" * padding)
-            self._file.write(data)
+            try:
+                self._file.write(b"\0" * padding)
+                self._file.write(data)
+            except OSError as failed:
+                needed = (
+                    self._end + padding + len(data)
+                )  # so far; how much follows nobody knows
+                raise disk_error(failed, self.path, needed) from failed
             self._places[key] = (self._end + padding, len(data))
             self._end += padding + len(data)
         return self._places[key]

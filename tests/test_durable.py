@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -10,14 +11,17 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from diffcr_compile import cli, durable
 from diffcr_compile.commands.terminal import terminal
@@ -25,10 +29,12 @@ from diffcr_compile.durable import (
     atomic_write_bytes,
     disk_errors_in_words,
     free_bytes,
+    passing_file,
     published,
     remove_leftovers,
 )
 from diffcr_compile.errors import ResourceError, UsageError
+from diffcr_compile.export.weights import WeightsWriter
 from diffcr_compile.folder_lock import locked, take_lock
 from diffcr_compile.tensor_file import _TYPES, write_tensors
 from diffcr_compile.workspace import Workspace
@@ -87,17 +93,64 @@ def test_what_cannot_fit_is_refused_before_the_first_byte(
 
 def test_a_write_that_the_system_cuts_short_leaves_the_old_file(tmp_path: Path) -> None:
     atomic_write_bytes(tmp_path / "a", b"old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # Python ignores SIGXFSZ
-    try:
+    with files_of_at_most(100):
         with pytest.raises(ResourceError, match=r"File too large.*free"):
             atomic_write_bytes(tmp_path / "a", b"x" * 1000)
         with pytest.raises(ResourceError, match="File too large"):
             write_tensors(tmp_path / "a", {"t": torch.zeros(1000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores SIGXFSZ
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10_000, 100_000])  # met at the end, and on the way
+def test_weights_and_passing_files_say_what_they_needed(size: int, tmp_path: Path) -> None:
+    values = np.arange(size, dtype=np.uint8)
+    weights = helper.make_tensor("w", TensorProto.UINT8, [size], values.tobytes(), raw=True)
+    model = helper.make_model(helper.make_graph([], "g", [], [], [weights]))
+    needed = rf"File too large \(needed {size / 1024:.1f} KiB, free"
+    with files_of_at_most(5000):
+        with (
+            pytest.raises(ResourceError, match=f"weights.bin .*{needed}"),
+            WeightsWriter(tmp_path / "weights.bin") as writer,
+        ):
+            writer.externalize(model)
+        with (
+            pytest.raises(ResourceError, match=needed),
+            passing_file(tmp_path, "part.", bytes(values)),
+        ):
+            raise AssertionError("it is not there")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_passing_file_is_gone_afterwards_and_whoever_reads_it_keeps_his_errors(
+    tmp_path: Path,
+) -> None:
+    with passing_file(tmp_path, "part.", b"whole") as file:
+        assert file.read_bytes() == b"whole"
+    with (
+        pytest.raises(PermissionError),
+        passing_file(tmp_path, "part.", b"whole"),
+    ):
+        raise PermissionError("not the disk's")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_cannot_name_its_holder_is_a_lock_and_ends_without_an_error(
+    tmp_path: Path,
+) -> None:
+    with files_of_at_most(0), locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_leftovers_are_removed_with_the_next_run_and_nothing_else(tmp_path: Path) -> None:

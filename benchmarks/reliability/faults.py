@@ -22,7 +22,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,11 @@ def run(
     by_kind = [
         [fault for fault in every if fault.kind == kind] for kind in ("answer", "read", "full")
     ]
-    chosen = [
-        fault
-        for kind in by_kind
-        for fault in choose(kind, max(1, count * len(kind) // len(every)), seed)
-    ]
+    *others, full = by_kind
+    # what users meet most is tried at every file where there is time for it
+    chosen = choose(full, count if count >= len(full) else _part(count, full, every), seed)
+    for kind in others:
+        chosen += choose(kind, _part(count, kind, every), seed)
     outcomes: collections.Counter[str] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
@@ -108,6 +108,11 @@ def run(
         "mounted": disk.mounted, "read_only_stages": len(runs.names) if disk.mounted else 0, "wrong": wrong,
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
+
+
+def _part(count: int, kind: Sequence[Fault], every: Sequence[Fault]) -> int:
+    """How many of `count` faults are of a kind."""
+    return max(1, count * len(kind) // len(every))
 
 
 class Disk:

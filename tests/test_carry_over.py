@@ -160,6 +160,14 @@ def test_the_graphs_are_the_trained_model_at_the_new_size(second: Path) -> None:
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=1e-4)
 
 
+def test_the_report_says_where_it_was_learned(first: Path, second: Path) -> None:
+    page = (second / "report/report.html").read_text(encoding="utf-8")
+    assert f"taken from <code>{first}</code>" in page
+    assert "taken from <code>" not in (first / "report/report.html").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_the_same_call_again_changes_nothing(first: Path, second: Path) -> None:
     before = {p: sha256_file(p) for p in second.rglob("onnx/*")}
     created = read_manifest(second).created

@@ -1,4 +1,4 @@
-"""What ``benchmarks/estimators`` counts."""
+"""What ``benchmarks/held_out_error`` counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffcr_compile as dcr
-from benchmarks.estimators import error, summary
+from benchmarks.held_out_error import OURS, error, summary
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
@@ -38,12 +38,18 @@ def test_the_error_is_summed_over_the_graph_of_each_states_bucket() -> None:
     assert found == pytest.approx(float(off / target.square().sum()), rel=1e-3)
 
 
-def test_ranges_overlap_where_neither_is_always_better() -> None:
-    def runs(boundary: tuple[float, float], two_bin: tuple[float, float]) -> list[dict]:
-        both = {"boundary": boundary, "two_bin": two_bin}
-        return [{"estimator": n, "error": e} for n, errors in both.items() for e in errors]
+def test_variants_are_compared_seed_by_seed() -> None:
+    def runs(ours: tuple[float, ...], other: tuple[float, ...]) -> list[dict]:
+        both = {OURS: ours, "other": other}
+        return [
+            {"variant": name, "seed": seed, "error": error}
+            for name, errors in both.items()
+            for seed, error in enumerate(errors)
+        ]
 
-    assert summary(runs((1.0, 3.0), (2.0, 4.0)))["ranges_overlap"]
-    apart = summary(runs((1.0, 2.0), (3.0, 5.0)))
-    assert not apart["ranges_overlap"]
-    assert apart["boundary_over_two_bin"] == pytest.approx(1.5 / 4)
+    once_better = summary(runs((1.0, 3.0), (2.0, 2.5)))["other"]
+    assert not once_better["worse_with_every_seed"]
+    assert once_better["over_ours"] == pytest.approx((2 + 2.5 / 3) / 2)
+    always = summary(runs((1.0, 3.0), (1.5, 3.5)))["other"]
+    assert always["worse_with_every_seed"]  # though the ranges overlap
+    assert (always["min"], always["max"], always["mean"]) == (1.5, 3.5, 2.5)

@@ -1,0 +1,175 @@
+"""What a calibration leaves of the error at equal MACs: ours, the paper's estimator, and the controls that are trained.
+
+    python -m benchmarks.held_out_error            # some three minutes a run on one CPU core; goes on from its own record
+    python -m benchmarks.held_out_error --smoke
+
+Same start, states, steps, optimizer and budget. A seed is that of routers, batches and order. What counts is the error of
+the frozen graphs on rollouts that no calibration saw, as a share of the dense model's output. It tells variants
+apart that a distance between sets of pictures does not: the same states are compared, one by one.
+Writes ``benchmarks/results/held_out_error.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffcr_compile as dcr
+from diffcr_compile.calibrate.data import TeacherStates, roll_out
+from diffcr_compile.config import CompileConfig, make_config
+from diffcr_compile.durable import write_json_atomic
+from diffcr_compile.program import DiTGraph, run_flat
+from diffcr_compile.reference import demo
+from diffcr_compile.summary import environment
+
+RESULTS = Path(__file__).parent / "results/held_out_error.json"
+OURS = "ours"
+FROM_ERRORS = {"ratios": "errors", "resolves": 1}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    OURS: {},
+    "two bins": {"calibration": {"estimator": "two_bin"}},
+    "uniform (Mixture-of-Depths)": {"calibration": {"ratios": "uniform"}},
+    "random router": {"routing": {"router": "random"}},
+    # all tokens or none, per timestep bucket, over measured errors
+    "blocks dropped": {
+        "routing": {"multiple_of": 256, "skip_blocks": True},
+        "calibration": FROM_ERRORS,
+    },
+}
+BUDGET = 0.6
+SAMPLER_STEPS = 8
+HELD_OUT_SEED = 999
+SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    steps: int = 160
+    batch: int = 16
+    trajectories: int = 64
+    held_out: int = 16
+
+
+SMOKE = Scale(steps=4, batch=4, trajectories=4, held_out=2)
+
+
+def settings(variant: str, seed: int, scale: Scale) -> CompileConfig:
+    chosen = VARIANTS[variant]
+    calibration = {
+        "seed": seed,
+        "steps": scale.steps,
+        "batch": scale.batch,
+        "optimizer": "muon",
+        "lr_weights": 1.2e-3,
+        "precision": "bf16",
+        **chosen.get("calibration", {}),
+    }
+    return make_config({"routing": chosen.get("routing", {}), "calibration": calibration})
+
+
+def states(count: int, seed: int) -> TeacherStates:
+    """Every state of `count` sampling runs of the dense model."""
+    routed = dcr.route(demo.load_reference_dit(), demo.example_inputs())
+    rollouts = make_config(
+        {"rollouts": {"trajectories": count, "batch": min(count, 16)}}
+    ).rollouts
+    sampler = dcr.FlowEuler(SAMPLER_STEPS)
+    return roll_out(routed.program, sampler, rollouts, demo.draw_labels, seed)
+
+
+@torch.no_grad()
+def error(graphs: tuple[DiTGraph, ...], unseen: TeacherStates) -> float:
+    """Squared error of the frozen graphs over the squared size of the dense model's answers."""
+    schedule = graphs[0].program.schedule
+    assert schedule is not None
+    off = size = 0.0
+    for bucket, rows in enumerate(unseen.by_bucket(schedule.buckets)):
+        inputs = {name: tensor[rows] for name, tensor in unseen.inputs.items()}
+        found = run_flat(graphs[bucket].program, inputs)[0]
+        off += (found - unseen.target[rows]).square().sum().item()
+        size += unseen.target[rows].square().sum().item()
+    return off / size
+
+
+def calibrated(
+    variant: str, seed: int, scale: Scale, seen: TeacherStates, unseen: TeacherStates
+) -> dict[str, Any]:
+    config = settings(variant, seed, scale)
+    routed = dcr.route(demo.load_reference_dit(), demo.example_inputs(), config.routing, seed)
+    start = time.process_time()
+    result = dcr.calibrate(routed, seen, budget=BUDGET, config=config)
+    spent = time.process_time() - start
+    frozen = dcr.freeze(routed, schedule=result.schedule)
+    # adjacent buckets with one schedule become one graph
+    assert len(frozen) == len(result.schedule.merged().buckets)
+    return {
+        "variant": variant,
+        "seed": seed,
+        "error": error(frozen, unseen),
+        "macs_share": result.schedule.reached,
+        "cpu_seconds": round(spent, 1),
+    }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each variant: mean and range, and against ours the mean of the seeds' ratios and whether all seeds agree."""
+    found: dict[str, Any] = {}
+    errors = {(run["variant"], run["seed"]): run["error"] for run in runs}
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        mine = {seed: error for (name, seed), error in errors.items() if name == variant}
+        ratios = [mine[s] / errors[OURS, s] for s in mine if (OURS, s) in errors]
+        found[variant] = {
+            "mean": statistics.fmean(mine.values()),
+            "min": min(mine.values()),
+            "max": max(mine.values()),
+            "over_ours": statistics.fmean(ratios),
+            "worse_with_every_seed": min(ratios) > 1,
+        }
+    return found
+
+
+def recorded(path: Path, scale: Scale) -> list[dict[str, Any]]:
+    """Runs of an earlier time under the same settings."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    same = data["scale"] == dataclasses.asdict(scale) and data["budget"] == BUDGET
+    return list(data["runs"]) if same else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    scale, seeds = (SMOKE, SEEDS[:1]) if args.smoke else (Scale(), SEEDS)
+    runs = [] if args.smoke else recorded(args.out, scale)
+    done = {(run["variant"], run["seed"]) for run in runs}
+    todo = [(v, seed) for seed in seeds for v in VARIANTS if (v, seed) not in done]
+    seen, unseen = states(scale.trajectories, 0), states(scale.held_out, HELD_OUT_SEED)
+    for variant, seed in todo:
+        runs.append(calibrated(variant, seed, scale, seen, unseen))
+        print(runs[-1], flush=True)
+        report = {
+            "budget": BUDGET,
+            "scale": dataclasses.asdict(scale),
+            "summary": summary(runs),
+            "runs": runs,
+            "environment": environment(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        if not args.smoke:
+            write_json_atomic(args.out, report)
+    print(json.dumps(summary(runs), indent=1))
+
+
+if __name__ == "__main__":
+    main()

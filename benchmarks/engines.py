@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -30,9 +30,9 @@ from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import LAYOUT_REASONS, plan_engines
 from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half
-from diffcr_compile.export.half_run import HalfRun
+from diffcr_compile.export.half_run import HalfRun, Ranges
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
-from diffcr_compile.export.precision import HALF_TOLERANCE, HalfGraphs, half_graphs
+from diffcr_compile.export.precision import HalfGraphs, half_graphs
 from diffcr_compile.export.profiles_graph import group_buckets, open_program, tensorrt_topk
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
@@ -83,11 +83,13 @@ class GraphsOnly(NamedTuple):
     schedule: Mapping[str, Sequence[int]]
 
 
-def half_along_a_run(frozen: Sequence[Program]) -> HalfGraphs:
-    """The float16 programs, checked on every state of a sampling run."""
+def half_along_a_run(
+    frozen: Sequence[Program], precision: Literal["fp16", "int8"] = "fp16"
+) -> HalfGraphs:
+    """The float16 or int8 programs, checked on every state of a sampling run."""
     sampler = FlowEuler(STEPS)
     states = sampling_states(frozen, sampler.timesteps, sampler, 0)
-    settings = half_settings(frozen, HALF_TOLERANCE, states)
+    settings = half_settings(frozen, precision, states)
     return half_graphs(frozen, settings, lambda bucket: frozen[bucket].example)
 
 
@@ -295,16 +297,71 @@ def measure_accuracy() -> dict[str, Any]:
     }
 
 
+def measure_int8(folder: Path) -> dict[str, Any]:
+    """How far int8 is from float32 with the tokens that float32 chose, and what its engines weigh; needs ModelOpt."""
+    frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
+    made = half_along_a_run(frozen, "int8")
+    graphs = write_graphs(frozen, made, folder)
+    found = {
+        "layers": len(made.int8 or ()),
+        "states": made.states,
+        "rel_l2_same_tokens": [row.rel_l2 for row in made.rows],
+        "non_finite": sum(row.non_finite for row in made.rows),
+        "swapped_tokens": made.swapped,
+        "run_rel_l2_same_tokens": run_with_same_tokens(frozen, made),
+        "weights_bytes": (folder / "onnx" / WEIGHTS_FILE).stat().st_size,
+        "engines": {name: build_all(folder, graphs, name) for name in CAPABILITIES},
+        "modelopt": importlib.metadata.version("nvidia-modelopt"),
+    }
+    return {"int8": found}
+
+
+@torch.no_grad()
+def run_with_same_tokens(frozen: Sequence[Program], made: HalfGraphs) -> float:
+    """Largest relative L2 on the way of a sampling run with its own states and with float32's tokens.
+
+    The noise is not that of the run whose states were looked at.
+    """
+    first, sampler = frozen[0], FlowEuler(STEPS)
+    schedule, sample, time_name = first.schedule, first.sample_input, first.timestep_input
+    assert schedule is not None
+    assert sample is not None
+    assert time_name is not None
+    wides = [Ranges(exported_program(program), program) for program in frozen]
+    narrows = [HalfRun(made.made[bucket]) for bucket in range(len(frozen))]
+    noise = torch.randn(
+        first.example[sample].shape, generator=torch.Generator().manual_seed(1)
+    )
+    wide, narrow, largest = noise, noise, 0.0
+    for step, timestep in enumerate(sampler.timesteps):
+        bucket = schedule.buckets.index_of(timestep)
+        time = torch.full_like(first.example[time_name], timestep)
+        given = {**first.example, time_name: time}
+        velocity = wides[bucket].outputs({**given, sample: wide})[0]
+        chosen = wides[bucket].chosen
+        other = narrows[bucket].outputs_with({**given, sample: narrow}, chosen)[0]
+        wide = sampler.step(velocity, step, wide)
+        narrow = sampler.step(other, step, narrow)
+        largest = max(largest, float((narrow - wide).norm() / wide.norm()))
+    return largest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=("engines", "accuracy"), help="the other figures stay as they are"
+        "--only",
+        choices=("engines", "accuracy", "int8"),
+        help="the other figures stay as they are; int8 needs the extra int8",
     )
     only = parser.parse_args().only
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if only else {}
     with tempfile.TemporaryDirectory() as folder:
-        record |= measure_engines(Path(folder)) if only != "accuracy" else {}
-    record |= measure_accuracy() if only != "engines" else {}
+        if only in (None, "engines"):
+            record |= measure_engines(Path(folder))
+        if only in (None, "accuracy"):
+            record |= measure_accuracy()
+        if only in (None, "int8"):
+            record |= measure_int8(Path(folder) / "int8")
     record["environment"] = {
         **environment(),
         "tensorrt_rtx": importlib.metadata.version("tensorrt_rtx_cu12"),

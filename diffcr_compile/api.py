@@ -20,7 +20,6 @@ from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
-from diffcr_compile.export.precision import HALF_TOLERANCE
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.guidance import graph_batch, guidance_of
 from diffcr_compile.made import Artifact, stopped
@@ -248,7 +247,7 @@ def export(
     parity_tolerance: float = 1e-4,
     target: str | Sequence[str] | None = None,
     profiles: bool = True,
-    precision: Literal["fp32", "fp16"] = "fp32",
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
     states: Iterable[Mapping[str, Tensor]] = (),
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
@@ -260,9 +259,10 @@ def export(
         parity_tolerance: largest allowed absolute difference of ONNX Runtime from FROZEN.
         target: where the graphs will run; freeze them for the same targets.
         profiles: also write one graph for several buckets, for an engine with the weights once.
-        precision: type of matrix products and attention; all else stays fp32.
+        precision: type of matrix products and attention; all else stays fp32. int8 is fp16 with the linear
+            layers of tokens in int8.
         states: inputs by name on which fp16 is tried, best all of a sampling run: blocks whose values come
-            near the end of fp16 there stay fp32.
+            near the end of fp16 there stay fp32, and the ranges of int8 are those met there.
 
     Raises:
         AccuracyError: ONNX Runtime differs from a FROZEN graph by more than the tolerance.
@@ -270,7 +270,7 @@ def export(
     """
     targets = find_targets(target)
     programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
-    half = None if precision == "fp32" else half_settings(programs, HALF_TOLERANCE, states)
+    half = None if precision == "fp32" else half_settings(programs, precision, states)
     with locked(Path(out)):
         manifest = export_programs(
             programs,

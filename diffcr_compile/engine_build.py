@@ -124,7 +124,7 @@ def target_memory(
     artifact: Path, manifest: Manifest, plan: EnginePlan, target: Target
 ) -> MemoryNeed:
     """Estimate of the memory that engines need on a target."""
-    fused = manifest.precision["type"] == "fp16" and bool(target.fused_attention)
+    fused = manifest.precision["type"] != "fp32" and bool(target.fused_attention)
     activations = read_activations(artifact, fused)
     return memory_need(manifest, plan, activations, target.build_memory or BUILD_FACTOR)
 

@@ -162,6 +162,8 @@ _ROWS = (
      "pip install diffcr-compile[lora]."),
     ("DCR-E012", "a package of the pipeline is missing", "The model is read by diffusers, which is not installed, is older than the pipeline, or lacks a package such as transformers.",
      "pip install -U diffcr-compile[diffusers], and what else the message names."),
+    ("DCR-E013", "ModelOpt is missing", "export.precision is int8, whose ranges NVIDIA ModelOpt finds.",
+     "pip install diffcr-compile[int8], or export with precision fp16."),
     # ---------------------------------------------------------------- resources, exit status 5
     ("DCR-R000", "memory or disk does not suffice", "The message has what is needed and what is there.", "Free some, or lower what the message names."),
     ("DCR-R001", "the output folder cannot be written", "The folder, or the one above it, is not writable, the disk is full, or it answers with errors. What was finished before is unchanged, and no file is left half written.",

@@ -19,6 +19,7 @@ from diffcr_compile.errors import ArtifactError
 
 SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8")
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
 # A manifest of 64 buckets and 1,000 blocks has about 2 MB.
@@ -60,8 +61,9 @@ class Manifest:
             bucket: onnx (relative path), buckets, kept_inputs (input -> block whose kept tokens are its
             length) and remark (why it serves no more buckets, or ""). Together they serve every bucket;
             none if they were not exported.
-        precision: type of the matrix products in the graphs, ``fp32`` or ``fp16``; of fp16 also which
-            blocks are float32 islands, and the ranges that say why.
+        precision: type of the matrix products in the graphs, ``fp32``, ``fp16`` or ``int8`` (linear
+            layers of tokens; the others fp16); of the latter two also which blocks are float32 islands,
+            and the ranges that say why.
         schema_version: of this structure.
     """
 
@@ -218,9 +220,10 @@ def _check_form(path: Path, manifest: Manifest) -> None:
                 code="DCR-A002",
             )
     precision = manifest.precision
-    if not isinstance(precision, dict) or precision.get("type") not in ("fp32", "fp16"):
+    if not isinstance(precision, dict) or precision.get("type") not in PRECISIONS:
         raise ArtifactError(
-            f"{path}: precision must have the type fp32 or fp16. {_AGAIN}", code="DCR-A002"
+            f"{path}: precision must have a type of {list(PRECISIONS)}. {_AGAIN}",
+            code="DCR-A002",
         )
     if not isinstance(manifest.constants, dict):
         raise ArtifactError(

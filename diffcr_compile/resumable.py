@@ -174,7 +174,7 @@ def exported(
     sampler: Sampler | None,
     guidance: Guidance | None = None,
 ) -> Manifest:
-    """The artifact, or the one of an earlier run; fp16 is tried on a sampling run of these timesteps."""
+    """The artifact, or the one of an earlier run; fp16 and int8 are tried on a sampling run of these timesteps."""
     key = fingerprint(key, config.export.model_dump())
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
@@ -182,9 +182,11 @@ def exported(
         return manifest
     with space.stage("export", key):
         half = None
-        if config.export.precision == "fp16":
+        if config.export.precision != "fp32":
             states = sampling_states(frozen, timesteps, sampler, config.calibration.seed)
-            half = half_settings(frozen, config.export.precision_tolerance, states)
+            half = half_settings(frozen, config.export.precision, states)
+            if config.export.precision_tolerance is not None:
+                half = dataclasses.replace(half, tolerance=config.export.precision_tolerance)
         return export_programs(
             frozen,
             space.folder,

@@ -96,6 +96,12 @@ def compute_in_half(
 
 def products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
     """Every product that may be float16 -> its block, "" outside of blocks."""
+    found = blocks_of_products(graph, program)
+    return {node: block for node, block in found.items() if _is_float32(node)}
+
+
+def blocks_of_products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
+    """Every product but those of routers -> its block, "" outside of blocks."""
     routers = {router_name(spec.name) for spec in program.blocks}
     names = sorted((spec.name for spec in program.blocks), key=len, reverse=True)
     found = {}
@@ -103,7 +109,7 @@ def products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
         if node.target not in PRODUCTS and not _is_einsum_product(node):
             continue
         path = _module_of(node)
-        if path.split(".")[0] in routers or not _is_float32(node):
+        if path.split(".")[0] in routers:
             continue
         found[node] = next((n for n in names if _inside(path, n)), "")
     return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from diffcr_compile.program import Program
 aten = torch.ops.aten
 LARGEST_HALF = 65504.0
 _MASK = 3
+# a product -> called with what it reads
+Watch = Mapping[fx.Node, Callable[[Tensor], None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,20 @@ class _Run(fx.Interpreter):
 
 
 class Ranges(_Run):
-    """Runs a float32 program, keeps the range of every block's products and what each TopK chose."""
+    """Runs a float32 program, keeps the range of every block's products and what each TopK chose.
 
-    def __init__(self, exported: ExportedProgram, program: Program) -> None:
+    Products in `watch` also show what they read to their watcher.
+    """
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        program: Program,
+        watch: Watch = types.MappingProxyType({}),
+    ) -> None:
         super().__init__(exported)
         self._blocks = products(exported.graph, program)
+        self._watch = watch
         self.found: dict[str, Range] = {}
         self.chosen: list[Tensor] = []
 
@@ -77,6 +89,8 @@ class Ranges(_Run):
             self.chosen.append(result[1])
         if n in self._blocks:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if n in self._watch:
+                self._watch[n](args[0])
             values = [v for v in (*_tensors(args, kwargs, n), result) if v.is_floating_point()]
             largest = max(_largest(value) for value in values)
             if n.target is aten.scaled_dot_product_attention.default:
@@ -146,8 +160,9 @@ class WideRun(_Run):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten._to_copy.default and kwargs.get("dtype") is torch.float16:
-            kwargs = {**kwargs, "dtype": torch.float32}
+        for name in ("dtype", "out_dtype"):  # of casts and of what int8 stands for
+            if kwargs.get(name) is torch.float16:
+                kwargs = {**kwargs, name: torch.float32}
         if self._is_half:
             kwargs = _with_stored_scale(target, args, kwargs)
         return _widened(super().call_function(target, args, kwargs))

@@ -29,7 +29,8 @@ OPSET = 20
 MAX_IR_VERSION = 10
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _TRACE = "pkg.torch.onnx.stack_trace"
-_WRAPPED = "graph_module"
+# The module of a program inside the one that is exported; the names of its weights begin with it.
+WRAPPED = "graph_module"
 # The line of our generated forward that an exported node came from: "    name = call(...)".
 _GRAPH_LINE = re.compile(r'File "<eval_with_key>[^\n]*\n\s+(\w+) = ')
 
@@ -265,7 +266,7 @@ def shorten_names(model: ModelProto, inputs: list[str]) -> None:
     names |= dict(zip(found, labels, strict=True))
     taken = set(names.values())
     for number, tensor in enumerate(graph.initializer):
-        whole = tensor.name.removeprefix(f"{_WRAPPED}.")
+        whole = tensor.name.removeprefix(f"{WRAPPED}.")
         # A dot tells a parameter's own name from a constant that the exporter made up.
         names.setdefault(tensor.name, _free(whole if "." in whole else f"c{number}", taken))
     counter = 0
@@ -316,7 +317,7 @@ def _strip(model: ModelProto) -> None:
 def _origin(node: onnx.NodeProto) -> str:
     metadata = {entry.key: entry.value for entry in node.metadata_props}
     scopes = json.loads(metadata[_SCOPES].replace("'", '"')) if _SCOPES in metadata else []
-    module = next((s for s in reversed(scopes[:-1]) if s), "").removeprefix(_WRAPPED)
+    module = next((s for s in reversed(scopes[:-1]) if s), "").removeprefix(WRAPPED)
     if module.strip("."):
         return module.strip(".")
     line = _GRAPH_LINE.search(metadata.get(_TRACE, ""))

@@ -1,9 +1,12 @@
-"""Which blocks may compute in float16, found on states that the model meets, and the graphs made of it."""
+"""Which blocks may compute in float16, found on states that the model meets, and the graphs made of it.
+
+With int8, the linear layers of tokens are then put into int8, with the ranges of the same states.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +17,13 @@ from torch.export import ExportedProgram
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.half_run import LARGEST_HALF, HalfRun, Range, Ranges, WideRun
-from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
+from diffcr_compile.export.int8 import compute_in_int8, dequantize_to_half
+from diffcr_compile.export.int8_ranges import Int8Ranges
+from diffcr_compile.export.onnx_model import (
+    WRAPPED,
+    exported_program,
+    graph_from_exported,
+)
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.program import Program
 
@@ -25,7 +34,10 @@ HEADROOM = 4.0
 # Relative L2 from float32. Products of hundreds to thousands of terms, rounded to 11 bits, through tens of
 # blocks end near 1e-3; tokens that swap at the cut of a TopK add some.
 HALF_TOLERANCE = 5e-3
+# Activations on 255 levels per tensor: see benchmarks/results/engines.json for what that costs.
+INT8_TOLERANCE = 5e-2
 STEP = "FROZEN -> float16, products rounded as in hardware"
+INT8_STEP = "FROZEN -> int8, products rounded as in hardware"
 OUTSIDE = "outside of the blocks"
 
 
@@ -39,11 +51,13 @@ class HalfSettings:
             looked at too.
         islands: blocks that stay in float32, "" for what lies outside of blocks; None for those that the
             states show to need it.
+        int8: also put the linear layers of tokens into int8.
     """
 
     tolerance: float = HALF_TOLERANCE
     states: States | None = None
     islands: tuple[str, ...] | None = None
+    int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +72,8 @@ class HalfGraphs:
         rows: the worst state of each timestep bucket, with the tokens that float32 chose.
         made: bucket -> the program in float16.
         inputs: names of its inputs, in order.
+        int8: name of a weight -> the largest magnitude that its layers read, of layers in int8; None for
+            float16.
     """
 
     islands: tuple[str, ...]
@@ -67,13 +83,18 @@ class HalfGraphs:
     rows: tuple[Parity, ...]
     made: Mapping[int, ExportedProgram]
     inputs: tuple[str, ...]
+    int8: Mapping[str, float] | None = None
 
     def export(self, program: Program) -> tuple[ModelProto, dict[str, str]]:
         """The ONNX graph and the node map of a FROZEN or an OPEN program."""
         exported = None if program.bucket is None else self.made[program.bucket]
         if exported is None:
-            exported = compute_in_half(exported_program(program), program, self.islands)
-        return graph_from_exported(exported, program)
+            exported = _made(exported_program(program), program, self.islands, self.int8)
+        model, nodes = graph_from_exported(exported, program)
+        if self.int8 is not None:
+            for cast in dequantize_to_half(model):
+                del nodes[cast]
+        return model, nodes
 
     def wide_outputs(self, bucket: int, inputs: Mapping[str, Any]) -> list[Tensor]:
         """What the ONNX graph of a bucket gives when every float16 in it is taken as float32."""
@@ -85,13 +106,21 @@ class HalfGraphs:
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
         return {
-            "type": "fp16",
+            "type": "fp16" if self.int8 is None else "int8",
             "float32_islands": list(self.islands),
             "limit": LARGEST_HALF / HEADROOM,
             "states": self.states,
             "swapped_tokens": self.swapped,
             "ranges": {name: dataclasses.asdict(found) for name, found in self.ranges.items()},
+            **self._int8_inputs(),
         }
+
+    def _int8_inputs(self) -> dict[str, Any]:
+        """Weight -> the largest magnitude that its layers read; nothing for float16."""
+        if self.int8 is None:
+            return {}
+        found = {name.removeprefix(f"{WRAPPED}."): value for name, value in self.int8.items()}
+        return {"int8_inputs": found}
 
 
 def half_graphs(
@@ -99,7 +128,7 @@ def half_graphs(
     settings: HalfSettings,
     golden: Callable[[int], Mapping[str, Tensor]],
 ) -> HalfGraphs:
-    """Make float16 programs of FROZEN ones, and hold each to its float32 outputs on every state.
+    """Make float16 or int8 programs of FROZEN ones, and hold each to its float32 outputs on every state.
 
     Args:
         frozen: one program per timestep bucket, in float32.
@@ -108,7 +137,9 @@ def half_graphs(
 
     Raises:
         AccuracyError: NaN, infinity, or a larger difference; names the block of the largest values.
+        EnvironmentMissingError: int8 is asked for and ModelOpt is not installed.
     """
+    int8_ranges = Int8Ranges() if settings.int8 else None
     given = settings.states or [()] * len(frozen)
     names = list(frozen[0].example)
     states = [
@@ -119,7 +150,8 @@ def half_graphs(
     ranges: dict[str, Range] = {}
     looked_at: list[list[_Looked]] = []
     for program, wide, inputs in zip(frozen, exported, states, strict=True):
-        recorder = Ranges(wide, program)
+        watch = int8_ranges.watch(wide, program) if int8_ranges else {}
+        recorder = Ranges(wide, program, watch)
         looked_at.append(
             [_Looked(state, recorder.outputs(state), recorder.chosen) for state in inputs]
         )
@@ -129,14 +161,15 @@ def half_graphs(
     if islands is None:
         limit = LARGEST_HALF / HEADROOM
         islands = tuple(block for block, found in ranges.items() if found.largest > limit)
+    int8 = int8_ranges.largest() if int8_ranges else None
     made = {
-        bucket: compute_in_half(wide, program, islands)
+        bucket: _made(wide, program, islands, int8)
         for bucket, (program, wide) in enumerate(zip(frozen, exported, strict=True))
     }
     runs = [HalfRun(made[bucket]) for bucket in made]
     rows = []
     for bucket, (run, looked) in enumerate(zip(runs, looked_at, strict=True)):
-        row = _worst(run, looked, settings.tolerance, bucket)
+        row = _worst(run, looked, settings, bucket)
         if not row.passed:
             raise AccuracyError(_too_far(row, ranges, islands))
         rows.append(row)
@@ -144,8 +177,18 @@ def half_graphs(
     swapped = sum(run.swapped for run in runs) / kept if kept else 0.0
     count = sum(len(inputs) for inputs in states)
     return HalfGraphs(
-        islands, ranges, count, swapped, tuple(rows), made, tuple(frozen[0].example)
+        islands, ranges, count, swapped, tuple(rows), made, tuple(frozen[0].example), int8
     )
+
+
+def _made(
+    wide: ExportedProgram,
+    program: Program,
+    islands: Collection[str],
+    int8: Mapping[str, float] | None,
+) -> ExportedProgram:
+    made = compute_in_half(wide, program, islands)
+    return made if int8 is None else compute_in_int8(made, program, int8)
 
 
 class _Looked(NamedTuple):
@@ -156,11 +199,14 @@ class _Looked(NamedTuple):
     chosen: list[Tensor]
 
 
-def _worst(run: HalfRun, looked: Sequence[_Looked], tolerance: float, bucket: int) -> Parity:
+def _worst(
+    run: HalfRun, looked: Sequence[_Looked], settings: HalfSettings, bucket: int
+) -> Parity:
+    step = INT8_STEP if settings.int8 else STEP
     rows = []
     for state in looked:
         found = run.outputs_with(state.inputs, state.chosen)
-        rows.append(compare(STEP, found, state.outputs, tolerance, bucket, "rel_l2"))
+        rows.append(compare(step, found, state.outputs, settings.tolerance, bucket, "rel_l2"))
     return max(rows, key=lambda row: (not row.passed, row.non_finite, row.rel_l2))
 
 
@@ -172,7 +218,7 @@ def _too_far(row: Parity, ranges: Mapping[str, Range], islands: Sequence[str]) -
         for block in worst
     )
     return (
-        f"bucket {row.bucket}: float16 differs from float32 by a relative L2 of {row.rel_l2:.1e}, "
+        f"bucket {row.bucket}: {row.step.split()[2].rstrip(',')} differs from float32 by a relative L2 of {row.rel_l2:.1e}, "
         f"allowed {row.tolerance:.0e}, with {row.non_finite} values NaN or infinite. float16 ends at "
         f"{LARGEST_HALF:.0f}; the largest values of products are in {named or 'no block'}. Float32 "
         f"islands: {[name or OUTSIDE for name in islands]}. Export with precision fp32, give states of "

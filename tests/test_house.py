@@ -23,9 +23,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"venv", "demo", "test", "lint", "docs", "bench", "soak", "sbom"}
-EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "lora", "docs", "dev"}
+EXTRAS = {"cpu", "gpu", "rtx", "diffusers", "int8", "lora", "docs", "dev"}
 # packages that `make` does not install, so constraints.txt has no pin for them
-UNPINNED = {"onnxruntime-gpu", "tensorrt"}
+UNPINNED = {"nvidia-modelopt", "onnxruntime-gpu", "tensorrt"}
 # below these, "the folder above the checkout" says nothing about a person's machine
 SYSTEM_FOLDERS = {"/", "/bin", "/etc", "/opt", "/srv", "/usr", "/var"}
 # what finds blocks, rewrites graphs and exports them must not know a model

@@ -6,6 +6,7 @@ python docs/make_speed.py
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def speedup(record: Record) -> list[str]:
             "A DiT with the same keep ratio in every block, one thread. 1.0 is all that the MACs promise. Wanted: 1.0 on ONNX "
             "Runtime from 1,024 tokens on, 0.9 with 256; 0.9 in torch eager. **Bold** misses. *A quarter of the tokens* is the dense "
             "model on a smaller image, without any routing: what the machine makes of so few rows."
-        ),
+        )
+        + _clocks(record["rows"]),
         "",
     ]
     ratios = sorted({row["keep_ratio"] for row in record["rows"]}, reverse=True)
@@ -66,7 +68,30 @@ def speedup(record: Record) -> list[str]:
             if tuple(row[k] for k in header[:5]) == key
         }
         table.append([*map(str, key), *(_realised(rows[ratio]) for ratio in ratios)])
-    return [*lines, *_table(header, table)]
+    return [*lines, *_table(header, table), "", _of_fewer_tokens(record["rows"])]
+
+
+def _clocks(rows: Sequence[Record]) -> str:
+    """What was measured; older rows are of elapsed time, which other programs on the machine disturb."""
+    elapsed = len({(r["backend"], r["width"], r["tokens"], r["batch"]) for r in rows if "clock" not in r})  # fmt: skip
+    older = f"; {elapsed} lines of the table are older, and of elapsed time" if elapsed else ""
+    return f" Seconds are those of the processor{older}."
+
+
+def _of_fewer_tokens(rows: Sequence[Record]) -> str:
+    """How near a compressed model comes to the dense one on as few tokens, which routes nothing."""
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("fewer_tokens"):
+            shares.setdefault(row["backend"], []).append(row["realised"] / row["fewer_tokens"])
+    found = [
+        f"{statistics.median(of):.2f} in {backend} (median of {len(of)} sizes)"
+        for backend, of in sorted(shares.items())
+    ]
+    return (
+        "At a keep ratio of 0.25 the compressed model reaches, of the speed of the dense model on a quarter of the tokens, "
+        f"{', '.join(found)}. What is missing there is the routing; the rest of a miss is what the executor makes of so few rows."
+    )
 
 
 def _realised(row: Record) -> str:

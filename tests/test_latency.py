@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,18 +192,15 @@ def test_drift_of_the_machine_does_not_reach_the_shares() -> None:
     assert found["half"].error == pytest.approx(0)
 
 
-def test_rounds_end_when_the_figures_are_stable_or_used_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, 0.5]))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    steady = in_turns({"dense": int, "half": int}, "dense", 0.01, 50)
+def test_rounds_end_when_the_figures_are_stable_or_used_up() -> None:
+    even = itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, 0.5]))
+    runs = {"dense": int, "half": int}
+    steady = in_turns(runs, "dense", 0.01, 50, clock=lambda: next(even))
     assert len(steady["half"].seconds) == 7
     assert steady["half"].share == 0.5
     noise = np.random.default_rng(0).uniform(0.2, 2, 10_000)
-    clock = itertools.accumulate(noise)
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    shaky = in_turns({"dense": int, "half": int}, "dense", 0.001, 12)
+    uneven = itertools.accumulate(noise)
+    shaky = in_turns(runs, "dense", 0.001, 12, clock=lambda: next(uneven))
     assert len(shaky["half"].seconds) == 12
     with pytest.raises(UsageError, match="at least 7 rounds"):
         in_turns({"dense": int}, "dense", 0.01, 3)

@@ -43,6 +43,7 @@ def in_turns(
     stability: float,
     most_rounds: int,
     scale: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time `runs` in turns until every share is known to within `stability`, or the rounds are used up.
 
@@ -52,6 +53,7 @@ def in_turns(
         stability: largest standard error of a share, as a part of the share of `scale`.
         most_rounds: at least 7; the first two are not counted and come on top.
         scale: the run whose share is the yardstick of the errors; the reference by default.
+        clock: seconds; ``time.process_time`` is for one thread on a machine that others use too.
 
     Raises:
         UsageError: too few rounds, or no positive stability.
@@ -64,10 +66,10 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(WARM_UP_ROUNDS + most_rounds):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if turn >= WARM_UP_ROUNDS:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
         if turn + 1 >= WARM_UP_ROUNDS + LEAST_ROUNDS:
             found = summarise(seconds, reference)
             if worst_error(found, scale or reference) <= stability:

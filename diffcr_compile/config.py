@@ -235,7 +235,7 @@ class ExportConfig(_Section):
     precision_tolerance: float | None = Field(
         default=None,
         gt=0,
-        description="largest relative L2 from fp32, on every state tried; null for 5e-3 of fp16 and 5e-2 of int8",
+        description="largest relative L2 from fp32, on every state tried; null for 5e-3 of fp16 and 8e-2 of int8",
     )
     profiles: bool = Field(
         default=True,

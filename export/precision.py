@@ -34,8 +34,9 @@ HEADROOM = 4.0
 # Relative L2 from float32. Products of hundreds to thousands of terms, rounded to 11 bits, through tens of
 # blocks end near 1e-3; tokens that swap at the cut of a TopK add some.
 HALF_TOLERANCE = 5e-3
-# Activations on 255 levels per tensor: see benchmarks/results/engines.json for what that costs.
-INT8_TOLERANCE = 5e-2
+# Activations on 255 levels per tensor cost 1e-2 to 5e-2 in the worst states of the reference model; graphs that are
+# wrong are off by 0.1 and more.
+INT8_TOLERANCE = 8e-2
 STEP = "FROZEN -> float16, products rounded as in hardware"
 INT8_STEP = "FROZEN -> int8, products rounded as in hardware"
 OUTSIDE = "outside of the blocks"

@@ -91,6 +91,7 @@ def _context(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "pictures": _pictures(report, folder),
         "calibration": calibration,
         "curves": view.curves(calibration),
+        "learned_from": view.learned_from(calibration),
         "stages": list(dict.fromkeys([*report["seconds"], *report["peak_rss_bytes"]])),
     }
 

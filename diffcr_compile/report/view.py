@@ -142,6 +142,13 @@ def without(settings: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in (settings or {}).items() if key not in keys}
 
 
+def learned_from(calibration: Mapping[str, Any] | None) -> str | None:
+    """The artifact whose routers, ratios and weights were taken over; None where there was a calibration."""
+    settings = (calibration or {}).get("settings") or {}
+    found: str | None = (settings.get("run") or {}).get("learned_from")
+    return found
+
+
 def curves(calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The calibration curves as three inline SVG charts, and how much of them is drawn."""
     history = sorted((calibration or {}).get("history") or [], key=lambda row: row["step"])

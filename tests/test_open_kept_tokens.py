@@ -299,11 +299,12 @@ def test_every_tensorrt_target_takes_it(exported: tuple[Manifest, Path]) -> None
 
 def test_the_plan_has_one_profile_per_column(exported: tuple[Manifest, Path]) -> None:
     (engine,) = plan_engines(exported[0], "profiles").engines
-    assert [dict(p.shapes) for p in engine.profiles] == [
+    assert [dict(one.shapes) for p in engine.profiles for one in p.lengths] == [
         {"kref_blocks_0": (9,), "kref_blocks_1": (18,)},
         {"kref_blocks_0": (30,), "kref_blocks_1": (18,)},
         {"kref_blocks_0": (36,), "kref_blocks_1": (12,)},
     ]
+    assert [len(p.lengths) for p in engine.profiles] == [1, 1, 1]  # pinned, without a target
 
 
 def test_buckets_of_another_structure_keep_their_own_graph(

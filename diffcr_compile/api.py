@@ -369,7 +369,8 @@ def compile(
             routed = routed_program(dense, config.routing, config.calibration.seed)
             ladder = [all_kept_parity(dense, routed)]
             costs = cost_table(routed, config.routing)
-            check_budget(budget_costs(routed, config), share)
+            priced = budget_costs(routed, config)
+            check_budget(priced, share)
         settings, metered = calibration_settings(config), budget_identity(config.budget)
         key = fingerprint(identity, share, settings, metered, data is not None)
         if learned is not None:
@@ -387,7 +388,6 @@ def compile(
             with space.stage("calibrate", key):
                 ranks.total(1.0)  # nothing is left for the others to learn
                 weights = space.subfolder("model") / "routed.safetensors"
-                priced = budget_costs(routed, config)
                 result = carry_over(learned, user_model, routed, priced, share, weights)
         if until == "calibrate":
             return stopped(space, ranks)

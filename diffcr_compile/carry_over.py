@@ -7,10 +7,8 @@ schedule is solved anew, over what each block costs at the new size.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 
 from diffcr_compile.calibrate.loop import CalibrationResult
@@ -18,12 +16,10 @@ from diffcr_compile.config import CompileConfig, RoutingConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.program import Program
-from diffcr_compile.rebuild import put_learned, rebuild
+from diffcr_compile.rebuild import put_learned, read_schedule, rebuild
 from diffcr_compile.recipe import read_recipe
 from diffcr_compile.schedule import CostTable, TokenSchedule, solve_schedule
 from diffcr_compile.tensor_file import write_tensors
-
-SCHEDULE_FILE = "model/schedule.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +47,10 @@ def read_learned(folder: Path) -> Learned:
     """
     verify_artifact(folder, read_manifest(folder))
     recipe = read_recipe(folder)
-    schedule = json.loads((folder / SCHEDULE_FILE).read_text(encoding="utf-8"))
     return Learned(
         folder,
         folder / recipe.learned,
-        TokenSchedule.from_json(schedule),
+        read_schedule(folder),
         RoutingConfig(**recipe.routing),
     )
 
@@ -116,8 +111,7 @@ def carry_over(
             "Calibrate anew without learned_from=.",
             code="DCR-U057",
         )
-    put_learned(learned.path, routed)
-    write_tensors(weights, dict(load_file(learned.path)))
+    write_tensors(weights, put_learned(learned.path, routed))
     ratios = learned.schedule.ratios()
     schedule = solve_schedule(ratios, costs, learned.schedule.buckets, budget)
     return CalibrationResult(ratios, schedule, costs, (), {})

@@ -47,11 +47,7 @@ def published(path: Path, needed: int | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if needed is not None and needed > free_bytes(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        handle, name = tempfile.mkstemp(
-            prefix=f"{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _unfinished(path.parent, f"{path.name}.")
         yield temporary
         _force(temporary)
         temporary.chmod(0o644)  # mkstemp lets nobody else read
@@ -91,9 +87,7 @@ def passing_file(folder: Path, prefix: str, data: bytes) -> Iterator[Path]:
     path: Path | None = None
     try:
         try:
-            handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL_SUFFIX, dir=folder)
-            os.close(handle)
-            path = Path(name)
+            path = _unfinished(folder, prefix)
             path.write_bytes(data)
         except OSError as error:
             raise disk_error(error, path or folder, len(data)) from error
@@ -186,6 +180,13 @@ def _size(count: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _unfinished(folder: Path, prefix: str) -> Path:
+    """A new, empty file that is taken for a leftover until it gets another name."""
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL_SUFFIX, dir=folder)
+    os.close(handle)
+    return Path(name)
 
 
 def _force(path: Path) -> None:

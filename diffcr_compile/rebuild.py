@@ -68,8 +68,7 @@ def rebuild(folder: Path, model: nn.Module) -> Rebuilt:
     try:
         dense = _captured(folder, manifest, recipe, model, device)
         routed = _routed(folder, recipe, dense)
-        data = json.loads((folder / "model/schedule.json").read_text(encoding="utf-8"))
-        schedule = TokenSchedule.from_json(data)
+        schedule = read_schedule(folder)
         frozen = [
             run_passes(routed, [FreezeKeptTokens(schedule, bucket), RemoveFullBlocks()])
             for bucket in range(len(schedule.buckets))
@@ -102,12 +101,22 @@ def _routed(folder: Path, recipe: Recipe, dense: Program) -> Program:
     return routed
 
 
-def put_learned(path: Path, routed: Program) -> None:
+def read_schedule(folder: Path) -> TokenSchedule:
+    """The schedule that an artifact's graphs were frozen at."""
+    return TokenSchedule.from_json(
+        json.loads((folder / "model/schedule.json").read_text(encoding="utf-8"))
+    )
+
+
+def put_learned(path: Path, routed: Program) -> dict[str, Tensor]:
     """Give a ROUTED program routers and weights that a calibration left; the user's weights stay as they are.
 
     Args:
         path: safetensors, names as in the program.
         routed: of the same model, at any number of tokens.
+
+    Returns:
+        What the file holds.
 
     Raises:
         UsageError: the program has no such weight.
@@ -121,6 +130,7 @@ def put_learned(path: Path, routed: Program) -> None:
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise UsageError(f"it has no weight {name} of shape {tuple(tensor.shape)}")
             parameters[name].copy_(tensor)
+    return dict(learned)
 
 
 def _example_call(

@@ -65,15 +65,8 @@ def run(
             out = Path(scratch) / ("x" * number) / f"out {number}"
             _diffcr(_arguments("compile", model, settings, out), environment)
             results.append(result_with_manifest(out))
-    different = [
-        f"{environment}: {name}"
-        for environment, result in zip(processes, results, strict=True)
-        for name in _differences(results[0], result)
-    ]
-    return {
-        "model": model, "processes": len(results), "files": len(results[0]["files"]), "different": different,
-        "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+    facts = {"model": model, "processes": len(results)}
+    return {**facts, **_compared([str(each) for each in processes], results, started)}
 
 
 def run_threads(
@@ -90,13 +83,21 @@ def run_threads(
             shutil.copytree(begun, out)
             _diffcr(["export", str(out)], {"OMP_NUM_THREADS": count})
             results.append(result_with_manifest(out))
+    facts = {"model": model, "threads": list(threads)}
+    return {**facts, **_compared([f"{count} threads" for count in threads], results, started)}
+
+
+def _compared(
+    names: Sequence[str], results: Sequence[dict[str, Any]], started: float
+) -> dict[str, Any]:
+    """What differs from the first result, by the name of the run that has it."""
     different = [
-        f"{count} threads: {name}"
-        for count, result in zip(threads, results, strict=True)
+        f"{run}: {name}"
+        for run, result in zip(names, results, strict=True)
         for name in _differences(results[0], result)
     ]
     return {
-        "model": model, "threads": list(threads), "files": len(results[0]["files"]), "different": different,
+        "files": len(results[0]["files"]), "different": different,
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 

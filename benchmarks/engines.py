@@ -4,8 +4,8 @@
 
 The schedule is one by hand (no calibration), with untrained routers: four timestep buckets, K from 64 to 256 of 256
 tokens; accuracy also after a short calibration. Writes ``benchmarks/results/engines.json``: bytes and scratch memory of
-every engine for SM86 and SM120, how far float16 is from float32 along a sampling run, and scratch memory with and
-without fused attention.
+every engine for SM86 and SM120, how far float16, bfloat16 and int8 are from float32 along a sampling run, and scratch
+memory with and without fused attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -30,9 +30,9 @@ from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import LAYOUT_REASONS, plan_engines
 from diffcr_compile.export.bucket_graphs import BucketGraphs
 from diffcr_compile.export.half import compute_in_half
-from diffcr_compile.export.half_run import HalfRun, Ranges
+from diffcr_compile.export.half_run import Ranges
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
-from diffcr_compile.export.precision import HalfGraphs, half_graphs
+from diffcr_compile.export.precision import HalfGraphs, Precision, half_graphs
 from diffcr_compile.export.profiles_graph import group_buckets, open_program, tensorrt_topk
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter
@@ -83,10 +83,8 @@ class GraphsOnly(NamedTuple):
     schedule: Mapping[str, Sequence[int]]
 
 
-def half_along_a_run(
-    frozen: Sequence[Program], precision: Literal["fp16", "int8"] = "fp16"
-) -> HalfGraphs:
-    """The float16 or int8 programs, checked on every state of a sampling run."""
+def half_along_a_run(frozen: Sequence[Program], precision: Precision = "fp16") -> HalfGraphs:
+    """The half-precision or int8 programs, checked on every state of a sampling run."""
     sampler = FlowEuler(STEPS)
     states = sampling_states(frozen, sampler.timesteps, sampler, 0)
     settings = half_settings(frozen, precision, states)
@@ -94,7 +92,7 @@ def half_along_a_run(
 
 
 def write_graphs(frozen: Sequence[Program], half: HalfGraphs, folder: Path) -> GraphsOnly:
-    """The float16 graphs of both modes over one weights file, without golden outputs and ONNX Runtime."""
+    """The graphs of both modes over one weights file, without golden outputs and ONNX Runtime."""
     with WeightsWriter(folder / "onnx" / WEIGHTS_FILE) as writer:
         graphs = BucketGraphs(
             frozen, folder, writer, half.export, True, False, tensorrt_topk(())
@@ -152,7 +150,7 @@ def calibrated_programs(steps: int = 160, trajectories: int = 64) -> list[Progra
 def sampled_difference(
     frozen: Sequence[Program], made: HalfGraphs, seeds: Sequence[int] = (0, 1, 2, 3)
 ) -> dict[str, Any]:
-    """Sampling runs of float32 and of float16 from the same noise, each with its own states and tokens.
+    """Sampling runs of float32 and of half precision from the same noise, each with its own states and tokens.
 
     Relative L2 of the samples on the way, the largest of a run; one run per seed.
     """
@@ -161,7 +159,7 @@ def sampled_difference(
     assert schedule is not None
     assert sample is not None
     assert time_name is not None
-    halves = [HalfRun(made.made[bucket]) for bucket in range(len(frozen))]
+    halves = [made.rounded_run(bucket) for bucket in range(len(frozen))]
     worst, finite = [], True
     for seed in seeds:
         noise = torch.randn(
@@ -182,8 +180,8 @@ def sampled_difference(
     return {"seeds": list(seeds), "rel_l2": worst, "finite": finite}
 
 
-def float16_figures(frozen: Sequence[Program], half: HalfGraphs) -> dict[str, Any]:
-    """What float16 costs, with the tokens that float32 chose and left to itself."""
+def half_figures(frozen: Sequence[Program], half: HalfGraphs) -> dict[str, Any]:
+    """What half precision costs, with the tokens that float32 chose and left to itself."""
     return {
         "states": half.states,
         "steps": STEPS,
@@ -221,7 +219,7 @@ def spanning_scratch(
 
 
 def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
-    """Scratch memory of one large graph in float16 and in float32, where TensorRT fuses no attention."""
+    """Scratch memory of one large graph in each type: TensorRT fuses no attention in float32."""
     torch.manual_seed(0)
     model = new_reference_dit(LARGE_SIZE).eval()
     inputs = {
@@ -239,9 +237,11 @@ def attention_scratch(capability: str = "SM86") -> dict[str, Any]:
     }
     for name, made, size in (
         ("fp16", compute_in_half(exported, program), 2),
+        ("bf16", compute_in_half(exported, program, precision="bf16"), 2),
         ("fp32", exported, 4),
     ):
-        data = graph_from_exported(made, program)[0].SerializeToString()
+        model_proto = graph_from_exported(made, program, bfloat16=name == "bf16")[0]
+        data = model_proto.SerializeToString()
         found[name] = {
             "activation_bytes": build_rtx(data, capability).activation_bytes[0],
             "one_score_matrix_bytes": HEADS * kept * kept * size,
@@ -292,9 +292,24 @@ def measure_accuracy() -> dict[str, Any]:
     frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
     calibrated = calibrated_programs()
     return {
-        "float16": float16_figures(frozen, half_along_a_run(frozen)),
-        "float16_calibrated": float16_figures(calibrated, half_along_a_run(calibrated)),
+        "float16": half_figures(frozen, half_along_a_run(frozen)),
+        "float16_calibrated": half_figures(calibrated, half_along_a_run(calibrated)),
     }
+
+
+def measure_bfloat16(folder: Path) -> dict[str, Any]:
+    """How far bfloat16 is from float32, and what its engines weigh."""
+    calibrated = calibrated_programs()
+    frozen = frozen_programs(demo.load_reference_dit(), demo.example_inputs(2))
+    made = half_along_a_run(frozen, "bf16")
+    graphs = write_graphs(frozen, made, folder)
+    found = {
+        "calibrated": half_figures(calibrated, half_along_a_run(calibrated, "bf16")),
+        "untrained": half_figures(frozen, made),
+        "weights_bytes": (folder / "onnx" / WEIGHTS_FILE).stat().st_size,
+        "engines": {name: build_all(folder, graphs, name) for name in CAPABILITIES},
+    }
+    return {"bfloat16": found, "attention": attention_scratch()}
 
 
 def measure_int8(folder: Path) -> dict[str, Any]:
@@ -328,7 +343,7 @@ def run_with_same_tokens(frozen: Sequence[Program], made: HalfGraphs) -> float:
     assert sample is not None
     assert time_name is not None
     wides = [Ranges(exported_program(program), program) for program in frozen]
-    narrows = [HalfRun(made.made[bucket]) for bucket in range(len(frozen))]
+    narrows = [made.rounded_run(bucket) for bucket in range(len(frozen))]
     noise = torch.randn(
         first.example[sample].shape, generator=torch.Generator().manual_seed(1)
     )
@@ -350,7 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only",
-        choices=("engines", "accuracy", "int8"),
+        choices=("engines", "accuracy", "bfloat16", "int8"),
         help="the other figures stay as they are; int8 needs the extra int8",
     )
     only = parser.parse_args().only
@@ -360,6 +375,8 @@ def main() -> None:
             record |= measure_engines(Path(folder))
         if only in (None, "accuracy"):
             record |= measure_accuracy()
+        if only in (None, "bfloat16"):
+            record |= measure_bfloat16(Path(folder) / "bfloat16")
         if only in (None, "int8"):
             record |= measure_int8(Path(folder) / "int8")
     record["environment"] = {

@@ -247,7 +247,7 @@ def export(
     parity_tolerance: float = 1e-4,
     target: str | Sequence[str] | None = None,
     profiles: bool = True,
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
     states: Iterable[Mapping[str, Tensor]] = (),
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
@@ -260,8 +260,8 @@ def export(
         target: where the graphs will run; freeze them for the same targets.
         profiles: also write one graph for several buckets, for an engine with the weights once.
         precision: type of matrix products and attention; all else stays fp32. int8 is fp16 with the linear
-            layers of tokens in int8.
-        states: inputs by name on which fp16 is tried, best all of a sampling run: blocks whose values come
+            layers of tokens in int8. bf16 graphs do not run on ONNX Runtime's CPU.
+        states: inputs by name on which it is tried, best all of a sampling run: blocks whose values come
             near the end of fp16 there stay fp32, and the ranges of int8 are those met there.
 
     Raises:
@@ -412,8 +412,12 @@ def compile(
             name, dense, routed, tuple(frozen), costs, result, manifest, tuple(ladder)
         )
         with space.stage("benchmark", key):
-            speed = bench.best_sampling_loops(space.folder, timesteps)
-        quality = evaluated(space, key, evaluate)
+            speed = (
+                bench.best_sampling_loops(space.folder, timesteps)
+                if manifest.runs_on_cpu
+                else dict(bench.NOT_MEASURED)
+            )
+        quality = evaluated(space, key, evaluate) if manifest.runs_on_cpu else None
         report = reported(space, compiled, config, speed, quality, timesteps)
         ranks.wait_for_leader()
     return Artifact(Path(out), manifest, report)

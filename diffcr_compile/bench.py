@@ -22,6 +22,8 @@ from diffcr_compile.runtime import load
 from diffcr_compile.runtime.dense import DenseRunner
 
 Denoise = Callable[..., Any]
+# Of graphs that ONNX Runtime's CPU does not run.
+NOT_MEASURED: Mapping[str, Any] = {"onnxruntime_cpu_loop": None, "conditions": None}
 
 
 def best_sampling_loops(

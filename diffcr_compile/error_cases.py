@@ -164,6 +164,8 @@ _ROWS = (
      "pip install -U diffcr-compile[diffusers], and what else the message names."),
     ("DCR-E013", "ModelOpt is missing", "export.precision is int8, whose ranges NVIDIA ModelOpt finds.",
      "pip install diffcr-compile[int8], or export with precision fp16."),
+    ("DCR-E014", "bfloat16 on a CPU", "The artifact computes in bf16, and ONNX Runtime's CPU has no kernels for it.",
+     "Run it with provider='cuda' or as engines; diffcr validate checks it on a CPU all the same."),
     # ---------------------------------------------------------------- resources, exit status 5
     ("DCR-R000", "memory or disk does not suffice", "The message has what is needed and what is there.", "Free some, or lower what the message names."),
     ("DCR-R001", "the output folder cannot be written", "The folder, or the one above it, is not writable, the disk is full, or it answers with errors. What was finished before is unchanged, and no file is left half written.",

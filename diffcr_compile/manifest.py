@@ -19,7 +19,7 @@ from diffcr_compile.errors import ArtifactError
 
 SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
 # A manifest of 64 buckets and 1,000 blocks has about 2 MB.
@@ -61,8 +61,8 @@ class Manifest:
             bucket: onnx (relative path), buckets, kept_inputs (input -> block whose kept tokens are its
             length) and remark (why it serves no more buckets, or ""). Together they serve every bucket;
             none if they were not exported.
-        precision: type of the matrix products in the graphs, ``fp32``, ``fp16`` or ``int8`` (linear
-            layers of tokens; the others fp16); of the latter two also which blocks are float32 islands,
+        precision: type of the matrix products in the graphs, ``fp32``, ``fp16``, ``bf16`` or ``int8`` (linear
+            layers of tokens; the others fp16); of all but the first also which blocks are float32 islands,
             and the ranges that say why.
         schema_version: of this structure.
     """
@@ -86,6 +86,11 @@ class Manifest:
     profile_graphs: Sequence[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     precision: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "fp32"})
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether ONNX Runtime's CPU has kernels for what the graphs compute in; for bfloat16 it has none."""
+        return bool(self.precision["type"] != "bf16")
 
 
 def sha256_file(path: Path) -> str:

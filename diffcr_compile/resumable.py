@@ -174,7 +174,7 @@ def exported(
     sampler: Sampler | None,
     guidance: Guidance | None = None,
 ) -> Manifest:
-    """The artifact, or the one of an earlier run; fp16 and int8 are tried on a sampling run of these timesteps."""
+    """The artifact, or the one of an earlier run; all but fp32 is tried on a sampling run of these timesteps."""
     key = fingerprint(key, config.export.model_dump())
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
@@ -237,7 +237,8 @@ def reported(
 
     folder = space.subfolder("report")
     with space.stage("report", "always"):
-        drift = trajectory_drift(space.folder, timesteps)
+        runs = compiled.manifest.runs_on_cpu
+        drift = trajectory_drift(space.folder, timesteps) if runs else None
         seen = token_importance(compiled.frozen, timesteps)
         (folder / "importance.png").unlink(missing_ok=True)  # of an earlier run
         if seen is not None:

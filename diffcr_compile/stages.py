@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from diffcr_compile.durable import disk_errors_in_words
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
-from diffcr_compile.export.precision import HALF_TOLERANCE, INT8_TOLERANCE, HalfSettings
+from diffcr_compile.export.precision import HalfSettings, Precision
 from diffcr_compile.export.recipe_files import write_recipe_files
 from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.manifest import Manifest
@@ -255,7 +255,7 @@ def sampling_states(
 
 def half_settings(
     frozen: Sequence[Program],
-    precision: Literal["fp16", "int8"],
+    precision: Precision,
     states: Iterable[Mapping[str, Tensor]],
 ) -> HalfSettings:
     """Settings with each of the states in its timestep bucket."""
@@ -265,9 +265,7 @@ def half_settings(
     for state in states:
         value = 0.0 if name is None else float(state[name].flatten()[0])
         buckets[0 if name is None else schedule.buckets.index_of(value)].append(state)
-    if precision == "int8":
-        return HalfSettings(INT8_TOLERANCE, buckets, int8=True)
-    return HalfSettings(HALF_TOLERANCE, buckets)
+    return HalfSettings(precision, states=buckets)
 
 
 def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffcr_compile.errors import AccuracyError
+from diffcr_compile.errors import AccuracyError, EnvironmentMissingError
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare, compare_open_graph, run_onnx
 from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
@@ -31,6 +32,7 @@ def validate_artifact(folder: Path, bisect: bool = False) -> list[dict[str, Any]
     Raises:
         ArtifactError: a file is missing or changed.
         AccuracyError: a bucket differs by more than the tolerance in the manifest.
+        EnvironmentMissingError: the graphs are in bf16 and onnx is not installed.
     """
     manifest = read_manifest(folder)
     verify_artifact(folder, manifest)
@@ -38,7 +40,8 @@ def validate_artifact(folder: Path, bisect: bool = False) -> list[dict[str, Any]
     rows: list[Parity] = []
     for bucket in manifest.buckets:
         inputs, outputs = read_golden(folder / bucket["golden"])
-        found = run_onnx(folder / bucket["onnx"], inputs)
+        with _runnable(folder / bucket["onnx"], manifest) as file:
+            found = run_onnx(file, inputs)
         row = compare(
             "golden -> ONNX Runtime",
             found,
@@ -50,7 +53,11 @@ def validate_artifact(folder: Path, bisect: bool = False) -> list[dict[str, Any]
         rows.append(row)
     for graph in manifest.profile_graphs:
         step = f"golden -> ONNX Runtime, {graph['onnx']}"
-        rows += compare_open_graph(folder, graph, manifest.schedule, step, gate)
+        if graph["kept_inputs"]:  # else it is the graph of its bucket
+            with _runnable(folder / graph["onnx"], manifest) as file:
+                rows += compare_open_graph(
+                    folder, graph, manifest.schedule, step, gate, path=file
+                )
     for row in rows:
         if not row.passed:
             where = _suspect(folder, manifest, row.bucket) if bisect else ""
@@ -103,6 +110,20 @@ def validate_engines(
             "after the last block, or a fusion over all of them.",
             code=error.code,
         ) from error
+
+
+def _runnable(path: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
+    """The graph, or what stands in for it while the context lasts where a CPU has no kernels for its types."""
+    if manifest.runs_on_cpu:
+        return contextlib.nullcontext(path)
+    try:
+        from diffcr_compile.export.widened import for_cpu
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            f"an artifact in {manifest.precision['type']} is checked on a CPU with the package onnx ({error}). "
+            "Check it on the host, or its engines here."
+        ) from error
+    return for_cpu(path, manifest)
 
 
 def _suspect(folder: Path, manifest: Manifest, bucket: int | None) -> str:

@@ -95,7 +95,7 @@ def export_artifact(
         targets: devices that must take every graph.
         describe: writes more files into the model/ of the folder that it is given.
         profiles: also write the graphs of several buckets, for engines with optimization profiles.
-        half: matrix products and attention in float16, and how it is checked; None for float32.
+        half: matrix products and attention in half precision, and how it is checked; None for float32.
 
     Raises:
         UsageError: the programs are not the buckets of one schedule, or an input is unknown.
@@ -124,7 +124,7 @@ def export_artifact(
         checks = Checks(staging, parity_tolerance, half, made)
         rows = [checks.bucket(graphs[bucket], bucket) for bucket in range(len(frozen))]
         golden = [golden_path(bucket) for bucket in range(len(frozen))]
-        write_block_values(staging, graphs, golden, checks.values)
+        write_block_values(staging, graphs, golden, checks.values, checks.runnable)
         shared_rows = [parity for row in shared for parity in checks.shared(row, frozen[0])]
         if describe is not None:
             describe(staging)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffcr_compile.export.block_values import (
 )
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.in_pieces import has_many_weights, run_in_pieces
+from diffcr_compile.export.widened import for_cpu
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
@@ -63,6 +64,7 @@ def write_block_values(
     graphs: Sequence[str],
     golden: Sequence[str],
     known: Mapping[str, Sequence[BlockValue]] | None = None,
+    runnable: Callable[[str], Path] | None = None,
 ) -> None:
     """Write marks of what leaves the blocks of each graph at its golden inputs, in ONNX Runtime.
 
@@ -71,6 +73,7 @@ def write_block_values(
         graphs: path of the static graph of each bucket.
         golden: path of the golden file of each bucket.
         known: graph -> what :func:`block_values` found in an earlier run.
+        runnable: graph -> the file that is run in its place; None for itself.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for graph, path in zip(graphs, golden, strict=True):
@@ -79,10 +82,10 @@ def write_block_values(
         if known and graph in known:
             found[graph] = to_json(known[graph])
             continue
-        model = load_graph(artifact / graph)
-        places = places_of_values(artifact, graph, model)
+        places = places_of_values(artifact, graph, load_graph(artifact / graph))
         inputs = read_golden(artifact / path)[0]
-        arrays = run_with_outputs(artifact / graph, model, [p[1] for p in places], inputs)
+        file = runnable(graph) if runnable else artifact / graph
+        arrays = run_with_outputs(file, load_graph(file), [p[1] for p in places], inputs)
         found[graph] = to_json(block_values(places, arrays))
     write_json_atomic(artifact / BLOCK_VALUES, found)
 
@@ -117,8 +120,8 @@ def bisect_onnx(
     graph = manifest.buckets[bucket]["onnx"]
     values = read_block_values(artifact)[graph]
     inputs, first = _inputs(artifact, manifest, graph)
-    model = load_graph(artifact / graph)
-    arrays = run_with_outputs(artifact / graph, model, [v.value for v in values], inputs)
+    with for_cpu(artifact / graph, manifest) as file:
+        arrays = run_with_outputs(file, load_graph(file), [v.value for v in values], inputs)
     for value, array in zip(values, arrays, strict=True):
         off = value.difference(array)
         if off > tolerance:

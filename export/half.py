@@ -1,4 +1,4 @@
-"""Matrix products and attention of an exported program in float16; all else stays float32.
+"""Matrix products and attention of an exported program in float16 or bfloat16; all else stays float32.
 
 The types stand in the graph (strong typing), because TensorRT 11 knows nothing else and older ones take it
 too. Values that grow (the residual stream, modulation, norms) and the routers stay float32.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +33,19 @@ PRODUCTS = frozenset(
         aten.scaled_dot_product_attention.default,
     }
 )
-# Ops that only move values: they pass float16 on as it is.
+HalfPrecision = Literal["fp16", "bf16"]
+HALF_TYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# ONNX has no bfloat16 for them at opset 20: Conv takes it from 22 on, Einsum never did.
+_NO_BFLOAT16 = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.convolution.default,
+        aten.einsum.default,
+    }
+)
+# Ops that only move values: they pass half precision on as it is.
 _MOVES = frozenset(
     {
         aten.alias.default,
@@ -60,7 +72,7 @@ _MOVES = frozenset(
     }
 )
 # A mask says "never" by a large negative number, and float16 ends at -65,504. In a softmax the exponential
-# of -30,000 is 0 as well.
+# of -30,000 is 0 as well. bfloat16 has it too, as -29,952.
 NEVER = -3e4
 _FIXED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _ROOT = "graph_module."
@@ -68,36 +80,50 @@ _MASK = 3
 
 
 def compute_in_half(
-    exported: ExportedProgram, program: Program, islands: Collection[str] = ()
+    exported: ExportedProgram,
+    program: Program,
+    islands: Collection[str] = (),
+    precision: HalfPrecision = "fp16",
 ) -> ExportedProgram:
-    """The same program with its products in float16, between casts; weights of these are float16.
+    """The same program with its products in half precision, between casts; weights of these are halves too.
 
     Before:  ``y = linear(x, weight, bias)``
     After:   ``y = to_float32(linear(to_float16(x), weight_16, bias_16))``
 
-    Inputs and outputs keep their types. Neighbouring products hand float16 on without a cast.
+    Inputs and outputs keep their types. Neighbouring products hand halves on without a cast. Convolutions and
+    einsum stay float32 where `precision` is bf16.
 
     Args:
         exported: of `program`, in float32; it is left alone.
         program: says which modules are routers and blocks.
         islands: blocks that stay in float32 altogether; "" is everything outside of blocks.
+        precision: the type.
     """
+    dtype = HALF_TYPES[precision]
     made: ExportedProgram = exported.run_decompositions({})  # no writes in place
     for node in list(made.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             made.graph.erase_node(node)  # it says of the types what is no longer so
-    half = {n for n, block in products(made.graph, program).items() if block not in islands}
-    _Caster(made, half).run()
+    found = products(made.graph, program, dtype)
+    half = {node for node, block in found.items() if block not in islands}
+    _Caster(made, half, dtype).run()
     made.graph.eliminate_dead_code()
     made.graph.lint()
     made.graph_module.recompile()
     return made
 
 
-def products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
-    """Every product that may be float16 -> its block, "" outside of blocks."""
+def products(
+    graph: fx.Graph, program: Program, dtype: torch.dtype = torch.float16
+) -> dict[fx.Node, str]:
+    """Every product that may be of `dtype` -> its block, "" outside of blocks."""
+    kept = _NO_BFLOAT16 if dtype == torch.bfloat16 else frozenset()
     found = blocks_of_products(graph, program)
-    return {node: block for node, block in found.items() if _is_float32(node)}
+    return {
+        node: block
+        for node, block in found.items()
+        if _is_float32(node) and node.target not in kept
+    }
 
 
 def blocks_of_products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
@@ -138,11 +164,14 @@ def _is_float32(node: fx.Node) -> bool:
 class _Caster:
     """Gives every node its type, in order."""
 
-    def __init__(self, exported: ExportedProgram, half: set[fx.Node]) -> None:
+    def __init__(
+        self, exported: ExportedProgram, half: set[fx.Node], dtype: torch.dtype
+    ) -> None:
         self._exported = exported
         self._graph = exported.graph
         self._half = half
-        self._narrow: set[fx.Node] = set()  # what was float32 and is float16 now
+        self._dtype = dtype
+        self._narrow: set[fx.Node] = set()  # what was float32 and is half now
         self._casts: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
@@ -154,7 +183,7 @@ class _Caster:
                 self._narrow_mask(node)
                 for source in node.all_input_nodes:
                     if _is_float32(source):
-                        node.replace_input_with(source, self._cast(source, torch.float16))
+                        node.replace_input_with(source, self._cast(source, self._dtype))
                 self._becomes_half(node)
             elif not any(source in self._narrow for source in node.all_input_nodes):
                 continue
@@ -166,7 +195,7 @@ class _Caster:
                         node.replace_input_with(source, self._cast(source, torch.float32))
 
     def _becomes_half(self, node: fx.Node) -> None:
-        node.meta["val"] = _as_half(node.meta["val"])
+        node.meta["val"] = _narrowed(node.meta["val"], self._dtype)
         self._narrow.add(node)
 
     def _cast(self, source: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -190,7 +219,7 @@ class _Caster:
         return first[-1]
 
     def _narrow_mask(self, node: fx.Node) -> None:
-        """A float mask of attention gets numbers that float16 has."""
+        """A float mask of attention gets numbers that half precision has."""
         if node.target is not aten.scaled_dot_product_attention.default:
             return
         mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
@@ -202,7 +231,7 @@ class _Caster:
         node.replace_input_with(mask, clamped)
 
     def _is_weight_of_products(self, node: fx.Node) -> bool:
-        """A float32 weight that is read, moved or not, by products in float16 only."""
+        """A float32 weight that is read, moved or not, by products in half precision only."""
         spec = self._spec(node)
         if spec.kind not in _FIXED or not _is_float32(node):
             return False
@@ -220,7 +249,7 @@ class _Caster:
             (self._exported.state_dict, self._exported.constants),
         )
         table: Any = next(t for t in tables if name in t)
-        narrow = table[name].detach().to(torch.float16)
+        narrow = table[name].detach().to(self._dtype)
         is_parameter = isinstance(table[name], nn.Parameter)
         table[name] = nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
         self._becomes_half(node)
@@ -230,9 +259,9 @@ class _Caster:
         return next(spec for spec in specs if spec.arg.name == node.name)
 
 
-def _as_half(value: Any) -> Any:
+def _narrowed(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_as_half(item) for item in value)
+        return type(value)(_narrowed(item, dtype) for item in value)
     if isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.to(torch.float16)
+        return value.to(dtype)
     return value

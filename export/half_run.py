@@ -1,8 +1,8 @@
-"""Run an exported program on the CPU: in float32 with the range of each product, or as float16 hardware does.
+"""Run an exported program on the CPU: in float32 with the range of each product, or as half-precision hardware does.
 
 ONNX Runtime's CPU cannot judge a float16 graph: it computes products in float32 and drops casts between
-them, so that little is rounded and nothing overflows. Here products are summed in float32 and rounded to
-float16 where they leave a kernel, as TensorRT's do.
+them, so that little is rounded and nothing overflows; bfloat16 it does not run at all. Here products are summed in
+float32 and rounded to the half type where they leave a kernel, as TensorRT's do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from diffcr_compile.export.half import PRODUCTS, products
+from diffcr_compile.export.half import HALF_TYPES, PRODUCTS, HalfPrecision, products
 from diffcr_compile.program import Program
 
 aten = torch.ops.aten
@@ -101,7 +101,7 @@ class Ranges(_Run):
 
 
 class HalfRun(_Run):
-    """Runs what ``compute_in_half`` made: products summed in float32 and rounded to float16.
+    """Runs what ``compute_in_half`` made: products summed in float32 and rounded to its half type.
 
     With the tokens given that float32 chose, it shows what rounding does. Left to itself, tokens whose
     scores are equal but for rounding swap at the cut of a TopK: another choice as good as the first, and
@@ -112,8 +112,9 @@ class HalfRun(_Run):
         kept: tokens kept, of all runs.
     """
 
-    def __init__(self, exported: ExportedProgram) -> None:
+    def __init__(self, exported: ExportedProgram, precision: HalfPrecision = "fp16") -> None:
         super().__init__(exported)
+        self._dtype = HALF_TYPES[precision]
         self.swapped = self.kept = 0
         self._given: Iterator[Tensor] | None = None
 
@@ -131,11 +132,11 @@ class HalfRun(_Run):
         if target is aten.topk.default and self._given is not None:
             return self._told(super().call_function(target, args, kwargs), args[0])
         every = [a for a in args if isinstance(a, Tensor)]
-        if target not in PRODUCTS or not any(a.dtype == torch.float16 for a in every):
+        if target not in PRODUCTS or not any(a.dtype == self._dtype for a in every):
             return super().call_function(target, args, kwargs)
-        wide = fx.node.map_aggregate(args, _widened)
-        kwargs = _with_stored_scale(target, args, kwargs)
-        return super().call_function(target, wide, kwargs).to(torch.float16)
+        wide = fx.node.map_aggregate(args, lambda value: _widened(value, self._dtype))
+        kwargs = _with_stored_scale(target, args, kwargs, self._dtype)
+        return super().call_function(target, wide, kwargs).to(self._dtype)
 
     def _told(self, own: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
         assert self._given is not None
@@ -147,25 +148,30 @@ class HalfRun(_Run):
 
 
 class WideRun(_Run):
-    """Runs what ``compute_in_half`` made with every float16 taken as float32: weights are rounded, all else is not.
+    """Runs what ``compute_in_half`` made with every half taken as float32: weights are rounded, all else is not.
 
     That is what an ONNX graph can be held to on a CPU, to the last digits.
     """
 
+    def __init__(self, exported: ExportedProgram, precision: HalfPrecision = "fp16") -> None:
+        super().__init__(exported)
+        self._dtype = HALF_TYPES[precision]
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _widened(super().placeholder(target, args, kwargs))
+        return _widened(super().placeholder(target, args, kwargs), self._dtype)
 
     def run_node(self, n: fx.Node) -> Any:
-        self._is_half = _gives_half(n)
+        value = n.meta.get("val")
+        self._is_half = isinstance(value, Tensor) and value.dtype == self._dtype
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         for name in ("dtype", "out_dtype"):  # of casts and of what int8 stands for
-            if kwargs.get(name) is torch.float16:
+            if kwargs.get(name) is self._dtype:
                 kwargs = {**kwargs, name: torch.float32}
         if self._is_half:
-            kwargs = _with_stored_scale(target, args, kwargs)
-        return _widened(super().call_function(target, args, kwargs))
+            kwargs = _with_stored_scale(target, args, kwargs, self._dtype)
+        return _widened(super().call_function(target, args, kwargs), self._dtype)
 
 
 def graph_inputs(exported: ExportedProgram, user: Sequence[Tensor]) -> list[Any]:
@@ -181,23 +187,18 @@ def graph_inputs(exported: ExportedProgram, user: Sequence[Tensor]) -> list[Any]
     return found
 
 
-def _gives_half(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.float16
-
-
-def _with_stored_scale(target: Any, args: Any, kwargs: Any) -> Any:
-    """Attention in float16 with the scale that its ONNX graph has: its root, as a float16 number, on both sides."""
+def _with_stored_scale(target: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+    """Attention in `dtype` with the scale that its ONNX graph has: its root, as a number of that type, on both sides."""
     if target is not aten.scaled_dot_product_attention.default:
         return kwargs
-    width = torch.tensor(args[0].shape[-1], dtype=torch.float16)
+    width = torch.tensor(args[0].shape[-1], dtype=dtype)
     given = kwargs.get("scale")
-    scale = 1 / width.sqrt() if given is None else torch.tensor(given, dtype=torch.float16)
+    scale = 1 / width.sqrt() if given is None else torch.tensor(given, dtype=dtype)
     return {**kwargs, "scale": float(scale.sqrt()) ** 2}
 
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype == torch.float16:
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.dtype == dtype:
         return value.float()
     return value
 

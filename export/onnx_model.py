@@ -88,9 +88,16 @@ def exported_program(program: Program) -> ExportedProgram:
 
 
 def graph_from_exported(
-    exported: ExportedProgram, program: Program, store: WeightsWriter | None = None
+    exported: ExportedProgram,
+    program: Program,
+    store: WeightsWriter | None = None,
+    *,
+    bfloat16: bool = False,
 ) -> tuple[ModelProto, dict[str, str]]:
-    """The ONNX graph and its node map of what :func:`exported_program` made of `program`."""
+    """The ONNX graph and its node map of what :func:`exported_program` made of `program`.
+
+    With `bfloat16` its ops may compute in that type where ONNX lets them.
+    """
     with quiet(), _named_failures(program):
         made = torch.onnx.export(
             exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
@@ -100,7 +107,7 @@ def graph_from_exported(
     if store is not None:
         store.take(made.model)
     model: ModelProto = made.model_proto
-    check_standard(model)
+    check_standard(model, bfloat16)
     say_where_in_logic(model)
     merge_equal_constants(model)
     shorten_names(model, list(program.signature.inputs))
@@ -136,13 +143,16 @@ def refuse_bfloat16(program: Program) -> None:
     if found:
         raise UnsupportedModelError(
             f"{found[0]} is bfloat16 ({len(found)} tensors are), which ONNX opset {OPSET} lacks in "
-            "Conv, TopK and Einsum. Convert the model and the example inputs with "
-            ".to(torch.float32) or .to(torch.float16)."
+            "Conv, TopK and Einsum. Convert the model and the example inputs with .to(torch.float32), and set "
+            "export.precision: bf16 if matrix products should be bfloat16 again; or with .to(torch.float16)."
         )
 
 
-def check_standard(model: ModelProto) -> None:
-    """Raise UnsupportedModelError unless the model is opset <= 20, IR <= 10, standard ops and types only."""
+def check_standard(model: ModelProto, bfloat16: bool = False) -> None:
+    """Raise UnsupportedModelError unless the model is opset <= 20, IR <= 10, standard ops and types only.
+
+    Only casts may read or write bfloat16; with `bfloat16` every op that the standard has in that type.
+    """
     foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain})
     domains = {entry.domain: entry.version for entry in model.opset_import}
     if foreign or model.functions:
@@ -150,7 +160,11 @@ def check_standard(model: ModelProto) -> None:
             f"the ONNX graph has ops outside the standard: {foreign or 'local functions'}. "
             "Replace the modules that they come from by plain torch ops."
         )
-    computing = sorted(_computing_in_bfloat16(model))
+    computing = sorted(
+        node.op_type
+        for node in _computing_in_bfloat16(model)
+        if not (bfloat16 and _has_it(node))
+    )
     if computing:
         raise UnsupportedModelError(
             f"{computing} compute in bfloat16 inside the model's forward, which ONNX opset {OPSET} lacks in most "
@@ -163,20 +177,27 @@ def check_standard(model: ModelProto) -> None:
         )
 
 
-def _computing_in_bfloat16(model: ModelProto) -> set[str]:
-    """Operators that read or write bfloat16 and do more than to cast or copy it."""
+def _computing_in_bfloat16(model: ModelProto) -> list[onnx.NodeProto]:
+    """Nodes that read or write bfloat16 and do more than to cast or copy it, one of each operator."""
     graph = model.graph
     half = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16} | {
         v.name
         for v in (*graph.value_info, *graph.input, *graph.output)
         if v.type.tensor_type.elem_type == TensorProto.BFLOAT16
     }
-    return {
-        node.op_type
+    found = {
+        node.op_type: node
         for node in graph.node
         if node.op_type not in {"Cast", "Identity"}
         and not half.isdisjoint((*node.input, *node.output))
     }
+    return list(found.values())
+
+
+def _has_it(node: onnx.NodeProto) -> bool:
+    """Whether the standard has an operator's first input in bfloat16; its other operands follow the first."""
+    schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+    return "tensor(bfloat16)" in schema.inputs[0].types
 
 
 @contextlib.contextmanager

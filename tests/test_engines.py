@@ -26,7 +26,7 @@ from benchmarks.engines import (
 )
 from diffcr_compile.export.half import compute_in_half
 from diffcr_compile.export.onnx_model import exported_program, graph_from_exported
-from diffcr_compile.export.precision import INT8_TOLERANCE, HalfGraphs
+from diffcr_compile.export.precision import TOLERANCES, HalfGraphs
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.weights import WEIGHTS_FILE
 from diffcr_compile.program import Program
@@ -81,8 +81,13 @@ def test_the_committed_figures_are_within_their_bounds() -> None:
     calibrated = record["float16_calibrated"]
     same, alone = calibrated["worst_rel_l2_same_tokens"], calibrated["samples"]["rel_l2"]
     assert max(same, *alone) <= 5e-3
+    bfloat16 = record["bfloat16"]
+    calibrated = bfloat16["calibrated"]
+    same, alone = calibrated["worst_rel_l2_same_tokens"], calibrated["samples"]["rel_l2"]
+    assert max(same, *alone) <= TOLERANCES["bf16"]
+    assert all(row["spanning_over_one_engine"] <= 1.5 for row in bfloat16["engines"].values())
     assert record["int8"]["non_finite"] == 0
-    assert max(record["int8"]["rel_l2_same_tokens"]) <= INT8_TOLERANCE
+    assert max(record["int8"]["rel_l2_same_tokens"]) <= TOLERANCES["int8"]
     spanning, fp16 = record["attention"]["fp16_spanning"], record["attention"]["fp16"]
     assert spanning["activation_bytes"] < fp16["one_score_matrix_bytes"]
 
@@ -114,7 +119,7 @@ def test_every_bucket_builds_in_both_modes(
     assert spanning["activation_bytes"][0] <= 1.1 * max(static)
 
 
-def test_attention_is_fused_in_every_block_in_float16_and_in_none_in_float32() -> None:
+def test_attention_is_fused_in_every_block_in_half_precision_and_in_none_in_float32() -> None:
     """With 1,936 tokens a score matrix is larger than all other scratch memory: one would show."""
     pytest.importorskip("tensorrt_rtx")
     torch.manual_seed(0)
@@ -132,10 +137,14 @@ def test_attention_is_fused_in_every_block_in_float16_and_in_none_in_float32() -
     program = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.75)[0].program
     exported = exported_program(program)
     scratch = {}
-    for name, made in (("fp16", compute_in_half(exported, program)), ("fp32", exported)):
-        data = graph_from_exported(made, program)[0].SerializeToString()
-        (scratch[name],) = build_rtx(data).activation_bytes
-    assert scratch["fp16"] < heads * kept * kept * 2
+    for name, made in (
+        ("fp16", compute_in_half(exported, program)),
+        ("bf16", compute_in_half(exported, program, precision="bf16")),
+        ("fp32", exported),
+    ):
+        graph = graph_from_exported(made, program, bfloat16=name == "bf16")[0]
+        (scratch[name],) = build_rtx(graph.SerializeToString()).activation_bytes
+    assert max(scratch["fp16"], scratch["bf16"]) < heads * kept * kept * 2
     # nor does a profile that spans buckets, with room for the most kept tokens
     spanning = spanning_scratch(model, inputs, (kept, kept // 2, kept // 4))
     assert spanning < heads * kept * kept * 2

@@ -416,7 +416,9 @@ def test_more_tokens_than_tensorrt_can_rank_are_named(dit_plan: Plan) -> None:
 def test_float_types_are_judged_for_the_target(dit_plan: Plan) -> None:
     config = CompileConfig()
     orin = with_tokens(dit_plan, 64, "orin-jp6")
-    assert any("in float16" in line for line in advise(orin, {"float32"}, config))
+    assert any("fp16 or bf16" in line for line in advise(orin, {"float32"}, config))
+    half = CompileConfig.model_validate({"export": {"precision": "fp16"}})
+    assert not any("score matrix" in line for line in advise(orin, {"float32"}, half))
     assert not any("score matrix" in line for line in advise(orin, {"float16"}, config))
     assert any("opset 20" in line for line in advise(dit_plan, {"bfloat16"}, config))
 

@@ -27,7 +27,7 @@ from diffcr_compile.export.int8 import (
 )
 from diffcr_compile.export.lint import lint
 from diffcr_compile.export.onnx_model import exported_program
-from diffcr_compile.export.precision import INT8_STEP, HalfSettings, half_graphs
+from diffcr_compile.export.precision import HalfSettings, half_graphs, step_of
 from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.planning.targets import all_targets
@@ -175,7 +175,7 @@ def test_the_manifest_says_how_far_int8_is(exported: tuple[Manifest, Path]) -> N
     assert manifest.precision["type"] == "int8"
     read = {f"graph_module.{name}" for name in manifest.precision["int8_inputs"]}
     assert read == TOKENS
-    rounding = [row for row in manifest.parity["precision"] if row["step"] == INT8_STEP]
+    rounding = [row for row in manifest.parity["precision"] if row["step"] == step_of("int8")]
     assert [row["bucket"] for row in rounding] == [0, 1, 2]
     assert all(1e-4 < row["rel_l2"] <= 2e-2 and row["non_finite"] == 0 for row in rounding)
     # ONNX Runtime takes the same levels as the program, in the graphs of both engine modes
@@ -227,7 +227,7 @@ def test_tensorrt_rtx_builds_int8_graphs_with_static_and_with_open_lengths(
 def test_int8_that_is_too_far_off_is_refused(ranges: None, frozen: list[Program]) -> None:
     golden = dict(frozen[0].example)
     with pytest.raises(AccuracyError, match="int8 differs from float32"):
-        half_graphs(frozen, HalfSettings(tolerance=1e-6, int8=True), lambda _: golden)
+        half_graphs(frozen, HalfSettings("int8", tolerance=1e-6), lambda _: golden)
 
 
 # --------------------------------------------------------------------------------- ModelOpt

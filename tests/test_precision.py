@@ -22,7 +22,7 @@ from diffcr_compile.export.device.check import tolerance_of
 from diffcr_compile.export.half import NEVER, compute_in_half
 from diffcr_compile.export.half_run import HalfRun, Ranges, WideRun
 from diffcr_compile.export.onnx_model import exported_program
-from diffcr_compile.export.precision import STEP, HalfSettings, half_graphs
+from diffcr_compile.export.precision import HalfSettings, half_graphs, step_of
 from diffcr_compile.export.widened import widen
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.passes.base import run_passes
@@ -214,7 +214,7 @@ def test_the_manifest_says_what_was_tried_and_how_far_float16_is(
     assert manifest.precision["float32_islands"] == []
     assert manifest.precision["states"] == 6  # one given and one golden per bucket
     assert set(manifest.precision["ranges"]) == {"", "blocks.0", "blocks.1"}
-    rounding = [row for row in manifest.parity["precision"] if row["step"] == STEP]
+    rounding = [row for row in manifest.parity["precision"] if row["step"] == step_of("fp16")]
     assert [row["bucket"] for row in rounding] == [0, 1, 2]
     assert all(0 < row["rel_l2"] <= 5e-3 and row["non_finite"] == 0 for row in rounding)
     # the ONNX files say the same as the programs, but for the last digits of float32

@@ -28,7 +28,7 @@ def advise(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> tuple[
     """
     return (
         *_can_it_run(plan),
-        *_limits(plan, dtypes),
+        *_limits(plan, dtypes, config),
         *_is_it_worth_it(plan),
         *_does_it_fit(plan, config),
     )
@@ -50,7 +50,7 @@ def _can_it_run(plan: Plan) -> Iterator[str]:
         )
 
 
-def _limits(plan: Plan, dtypes: Collection[str]) -> Iterator[str]:
+def _limits(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> Iterator[str]:
     target = plan.target
     for op, why in target.troubles(plan.ops).items():
         yield f"{op} runs {plan.ops[op]} times per forward; on {target.name}: {why}"
@@ -61,13 +61,15 @@ def _limits(plan: Plan, dtypes: Collection[str]) -> Iterator[str]:
         yield from _top_k(plan, target.max_topk)
     if "bfloat16" in dtypes:
         yield (
-            "bfloat16 cannot be exported at opset 20: give the model in float16 or float32 "
-            "(model.half() or model.float())"
+            "a model in bfloat16 cannot be exported at opset 20: give it in float32 (model.float()) and set "
+            "export.precision: bf16, which has its products in bfloat16"
         )
-    elif target.fused_attention and dtypes == {"float32"}:
+    elif (
+        target.fused_attention and dtypes == {"float32"} and config.export.precision == "fp32"
+    ):
         yield (
-            f"float32 attention keeps the whole score matrix on {target.runtime}: export the model "
-            f"in {target.fused_attention[0]}"
+            f"float32 attention keeps the whole score matrix on {target.runtime}: set export.precision "
+            "to fp16 or bf16"
         )
 
 

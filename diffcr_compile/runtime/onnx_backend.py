@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffcr_compile.errors import EnvironmentMissingError
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.backend import Provider, check_provider, make_session
 
@@ -55,6 +56,17 @@ def bucket_graphs(manifest: Manifest, share_weights: bool | None) -> tuple[Bucke
             }
             static[bucket] = BucketGraph(row["onnx"], lengths)
     return tuple(static)
+
+
+def check_precision(manifest: Manifest, provider: Provider) -> None:
+    """Raise EnvironmentMissingError if a provider of ONNX Runtime lacks the kernels for an artifact's types."""
+    if provider == "cpu" and not manifest.runs_on_cpu:
+        raise EnvironmentMissingError(
+            "this artifact computes in bf16, for which ONNX Runtime has no kernels on the CPU. Run it with "
+            "provider='cuda' or as engines (diffcr build); diffcr validate checks it here all the same. For the CPU "
+            "export with precision fp32.",
+            code="DCR-E014",
+        )
 
 
 class OnnxBackend:

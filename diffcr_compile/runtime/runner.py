@@ -16,7 +16,12 @@ from diffcr_compile.errors import UsageError
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.runtime.backend import Provider
 from diffcr_compile.runtime.complex_inputs import as_graph_input
-from diffcr_compile.runtime.onnx_backend import BucketGraph, OnnxBackend, bucket_graphs
+from diffcr_compile.runtime.onnx_backend import (
+    BucketGraph,
+    OnnxBackend,
+    bucket_graphs,
+    check_precision,
+)
 from diffcr_compile.runtime.onnx_structure import check_onnx
 from diffcr_compile.runtime.open_engines import open_engines
 
@@ -53,7 +58,8 @@ class Runner:
         UsageError: an option that the backend does not have.
         ArtifactError: a file is missing or is not the one that was written, or there are no engines
             that may run on this device.
-        EnvironmentMissingError: the backend, the provider or the device is not there.
+        EnvironmentMissingError: the backend, the provider or the device is not there, or the CPU has no kernels
+            for the artifact's precision.
         ResourceError: the device has too little memory.
 
     Attributes:
@@ -87,6 +93,7 @@ class Runner:
                 raise UsageError("swap=True is for engines: backend='tensorrt'")
             if verify:  # before anything follows a path or a number in the manifest
                 verify_artifact(self.folder, self.manifest)
+            check_precision(self.manifest, provider)
             graphs = bucket_graphs(self.manifest, share_weights)
             if verify:
                 self._verify_graphs(graphs)

@@ -219,22 +219,37 @@ def export_cost(record: Record) -> list[str]:
         header = [
             "blocks",
             "weights, MB",
-            "memory without a file behind it after the export, MB",
+            "capture and route, MB",
+            "freeze and export, MB",
         ]
         table = [
             [
                 str(c["blocks"]),
                 f"{c['weights'] / 1e6:.0f}",
-                f"{c['export']['anonymous'] / 1e6:.0f}",
+                *(f"{peak / 1e6:.0f}" for peak in c["private_peak"].values()),
             ]
             for c in mapped
         ]
         lines += [
             "",
-            "With weights that are mapped from a safetensors file into a model that was made on the meta device:",
+            (
+                "With weights that are mapped from a safetensors file into a model that was made on the meta device: the most "
+                "memory that has no file behind it."
+            ),
             "",
             *_table(header, table),
         ]
+        found = record["summary"].get("mapped")
+        if found:
+            lines += [
+                "",
+                (
+                    f"The larger of the two grows by {found['per_byte_of_weights']:.2f} bytes per byte of all weights, beside "
+                    f"{found['imports'] / 1e6:.0f} MB for the imports and {found['per_byte_of_a_block']:.1f} bytes per byte of the one block "
+                    f"that is being tried. For FLUX.1 in float32 (48 GB of weights) that says {found['of_flux_in_float32'] / 1e9:.0f} GB; "
+                    "it was not run."
+                ),
+            ]
     return lines
 
 

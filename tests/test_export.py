@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -42,11 +42,14 @@ from diffcr_compile.export.onnx_model import (
 )
 from diffcr_compile.export.parity import Parity, compare, run_onnx
 from diffcr_compile.export.weights import (
+    COMPARED,
     INLINE_BYTES,
     LARGE_BYTES,
     LINE,
     PAGE,
     WeightsWriter,
+    _one_after_the_other,
+    _sample,
     write_shared_weights,
 )
 from diffcr_compile.manifest import read_manifest, verify_artifact
@@ -431,6 +434,30 @@ def test_large_tensors_start_on_a_page_and_small_ones_stay_inside(tmp_path: Path
         "w3": 2 * PAGE + LARGE_BYTES - PAGE + LINE,
     }
     assert all(offset % LINE == 0 for offset in offsets.values() if offset is not None)
+
+
+def test_weights_that_differ_in_one_byte_are_told_apart(tmp_path: Path) -> None:
+    """Between the bytes that are sampled, too; the same content is still written once."""
+    one = np.arange(COMPARED // 2 + 5, dtype=np.float32)
+    other = one.copy()
+    other.view(np.uint8)[-7] ^= 1
+    assert _sample(one.view(np.uint8).data) == _sample(other.view(np.uint8).data)
+    write_shared_weights({"a.onnx": constants_model([one, other, one.copy()])}, tmp_path)
+    for name, expected in zip("012", (one, other, one), strict=True):
+        found = onnx.load(tmp_path / "a.onnx").graph.initializer[int(name)]
+        np.testing.assert_array_equal(numpy_helper.to_array(found), expected)
+    assert (tmp_path / "weights.bin").stat().st_size < 2 * one.nbytes + PAGE
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 513), (1, 400), (3, 5, 7)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_weights_are_copied_into_rows(
+    shape: tuple[int, ...], order: Literal["C", "F"]
+) -> None:
+    values = np.arange(math.prod(shape), dtype=np.float64).reshape(shape, order=order)
+    found = _one_after_the_other(values)
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, values)
 
 
 def test_a_failed_write_leaves_no_weights(tmp_path: Path) -> None:

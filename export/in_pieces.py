@@ -33,21 +33,23 @@ def has_many_weights(model: ModelProto) -> bool:
     return not inner and sum(map(_bytes, model.graph.initializer)) > PIECE_BYTES
 
 
-def run_checked(path: Path, inputs: Mapping[str, Array]) -> list[Array]:
+def run_checked(
+    path: Path, inputs: Mapping[str, Array], threads: int | None = None
+) -> list[Array]:
     """Outputs of an ONNX file on the CPU, in pieces if it has many weights."""
-    run = piecewise(path)
+    run = piecewise(path, threads)
     if run is None:
-        return run_onnx(path, inputs)
+        return run_onnx(path, inputs, threads)
     return run([{name: as_graph_input(array) for name, array in inputs.items()}])[0]
 
 
-def piecewise(path: Path) -> Runs | None:
+def piecewise(path: Path, threads: int | None = None) -> Runs | None:
     """Outputs of a file for each of several inputs, in pieces; None if it has few weights, and one session is better."""
     model = onnx.load(str(path), load_external_data=False)
     if not has_many_weights(model):
         return None
     outputs = [value.name for value in model.graph.output]
-    return lambda inputs: run_in_pieces(path, model, outputs, inputs)
+    return lambda inputs: run_in_pieces(path, model, outputs, inputs, threads=threads)
 
 
 def run_in_pieces(
@@ -56,6 +58,7 @@ def run_in_pieces(
     names: Sequence[str],
     inputs: Sequence[Mapping[str, Array]],
     piece_bytes: int | None = None,
+    threads: int | None = None,
 ) -> list[list[Array]]:
     """Values of a graph for each of several inputs, computed on the CPU.
 
@@ -65,6 +68,7 @@ def run_in_pieces(
         names: of the values.
         inputs: of the graph, once or more often; each piece runs for all of them.
         piece_bytes: weights of a piece, one node at least; ``PIECE_BYTES`` by default.
+        threads: inside an operator; None for ONNX Runtime's default.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -81,7 +85,7 @@ def run_in_pieces(
         entries = [_entry(name, [values[name] for values in living]) for name in given]
         piece = _piece(model, nodes, entries, [types[n] for n in wanted])
         piece.graph.initializer.extend(weights[n] for n in read if n in weights)
-        found = _run(path, piece, wanted, [{n: v[n] for n in given} for v in living])
+        found = _run(path, piece, wanted, [{n: v[n] for n in given} for v in living], threads)
         living = [
             {n: array for n, array in {**values, **new}.items() if last.get(n, -1) >= end}
             for values, new in zip(living, found, strict=True)
@@ -130,11 +134,12 @@ def _run(
     piece: ModelProto,
     wanted: Sequence[str],
     inputs: Sequence[Mapping[str, Array]],
+    threads: int | None,
 ) -> list[dict[str, Array]]:
     """The wanted values of a piece for each of several inputs."""
     # beside the weights, where ONNX Runtime looks for them
     with passing_file(path.parent, f"{path.stem}.", piece.SerializeToString()) as file:
-        session = make_session(file, prepack=False)
+        session = make_session(file, threads=threads, prepack=False)
     return [
         dict(zip(wanted, session.run(list(wanted), dict(given)), strict=True))
         for given in inputs

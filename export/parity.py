@@ -126,7 +126,7 @@ def compare_open_graph(
     """
     if not row["kept_inputs"]:
         return
-    run = run or _in_a_session(path or folder / row["onnx"])
+    run = run or in_a_session(path or folder / row["onnx"])
     given, wanted = [], []
     for bucket in row["buckets"]:
         inputs, golden = read_golden(folder / golden_path(bucket))
@@ -139,10 +139,11 @@ def compare_open_graph(
         yield compare(step, found, outputs, gate[0], bucket, gate[1])
 
 
-def _in_a_session(
-    path: Path,
+def in_a_session(
+    path: Path, threads: int | None = None
 ) -> Callable[[Sequence[Mapping[str, Array]]], list[list[Array]]]:
-    session = make_session(path)
+    """Outputs of a file for each of several inputs, in one session."""
+    session = make_session(path, threads=threads)
     return lambda inputs: [session.run(None, dict(given)) for given in inputs]
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 import diffcr_compile as dcr
 from diffcr_compile.errors import ArtifactError, UnsupportedModelError
-from diffcr_compile.export import in_pieces
+from diffcr_compile.export import artifact, in_pieces, parity
 from diffcr_compile.export.at_kept_tokens import at_kept_tokens
 from diffcr_compile.export.block_values import read_block_values
 from diffcr_compile.export.in_pieces import run_in_pieces
@@ -22,6 +24,7 @@ from diffcr_compile.export.weights import WeightsWriter
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.open_kept_tokens import OpenKeptTokens, input_name
 from diffcr_compile.program import Program
+from diffcr_compile.runtime.backend import make_session
 from diffcr_compile.runtime.onnx_backend import OnnxBackend
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from tests.conftest import Case
@@ -138,6 +141,33 @@ def test_an_export_that_is_checked_in_pieces_is_the_same(
     assert [value.value for value in one] == [value.value for value in two]
     for left, right in zip(one, two, strict=True):
         assert left.norm == pytest.approx(right.norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 12, 1 << 28])
+def test_checks_have_as_many_threads_as_torch(
+    cases: Callable[..., Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    piece_bytes: int,
+) -> None:
+    case, asked = cases("plain"), []
+
+    def session(path: Path, *, threads: int | None = None, **options: Any) -> Any:
+        asked.append(threads)
+        return make_session(path, threads=threads, **options)
+
+    for module in (in_pieces, parity):
+        monkeypatch.setattr(module, "make_session", session)
+    monkeypatch.setattr(in_pieces, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(artifact, "write_block_values", lambda *_: None)  # no check
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    half = {b.name: (b.num_tokens // 2, b.num_tokens // 3) for b in case.routed.blocks}
+    schedule = TokenSchedule(
+        half, {b.name: b.num_tokens for b in case.routed.blocks}, TimestepBuckets.even(2, 0, 1)
+    )
+    dcr.export(dcr.freeze(case.routed.module, schedule=schedule), tmp_path / "out")
+    assert len(asked) >= 3
+    assert set(asked) == {3}
 
 
 def test_weights_of_another_file_are_refused(

@@ -16,11 +16,15 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.onnx import ONNXProgram
 
 from diffcr_compile.errors import UnsupportedModelError, one_line
 from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.export.optimize_graph import optimize_graph
+from diffcr_compile.export.regrow import UnlikeUnitsError, regrow
+from diffcr_compile.export.repeats import find_repeats
+from diffcr_compile.export.short_program import ShortProgram, shortened
 from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.program import Program, run_flat
 
@@ -65,6 +69,11 @@ def export_graph(
     program: Program, store: WeightsWriter | None = None
 ) -> tuple[ModelProto, dict[str, str]]:
     """The ONNX graph and its :func:`node_map`; with a `store`, its weights go straight there."""
+    with evaluating(program.module):
+        runs = find_repeats(program)
+    if runs:
+        with contextlib.suppress(UnlikeUnitsError, UnsupportedModelError):
+            return _finished(_regrown(program, shortened(program, runs)), program, store)
     return graph_from_exported(exported_program(program), program, store)
 
 
@@ -75,16 +84,8 @@ def exported_program(program: Program) -> ExportedProgram:
         UnsupportedModelError: the exporter fails.
     """
     refuse_bfloat16(program)
-    flat = FlatCall(program)
-    with evaluating(flat), quiet(), _named_failures(program):
-        return lower_for_onnx(
-            torch.export.export(
-                flat,
-                tuple(program.example.values()),
-                dynamic_shapes=_open_lengths(program),
-                strict=False,
-            )
-        )
+    with quiet(), _named_failures(program):
+        return lower_for_onnx(_exported(FlatCall(program), program))
 
 
 def graph_from_exported(
@@ -99,10 +100,54 @@ def graph_from_exported(
     With `bfloat16` its ops may compute in that type where ONNX lets them.
     """
     with quiet(), _named_failures(program):
-        made = torch.onnx.export(
-            exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
+        made = _translated(exported)
+    return _finished(made, program, store, bfloat16)
+
+
+def _exported(flat: nn.Module, program: Program) -> ExportedProgram:
+    with evaluating(flat):
+        return torch.export.export(
+            flat,
+            tuple(program.example.values()),
+            dynamic_shapes=_open_lengths(program),
+            strict=False,
         )
-        assert made is not None
+
+
+def _translated(exported: ExportedProgram) -> ONNXProgram:
+    made = torch.onnx.export(
+        exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
+    )
+    assert made is not None
+    return made
+
+
+def _regrown(program: Program, short: ShortProgram) -> ONNXProgram:
+    """The graph of the program, of an export of what does not repeat itself.
+
+    Raises:
+        UnlikeUnitsError: the program has to be exported as a whole.
+    """
+    refuse_bfloat16(program)
+    with quiet(), _named_failures(program):
+        exported = _exported(short.module, program)
+        weights = {*exported.state_dict, *exported.constants}
+        exported = lower_for_onnx(exported)
+        if {*exported.state_dict, *exported.constants} != weights:
+            raise UnlikeUnitsError("values were worked out of weights, each unit has its own")
+        made = _translated(exported)
+        regrow(made.model, program, short, WRAPPED)
+    return made
+
+
+def _finished(
+    made: ONNXProgram,
+    program: Program,
+    store: WeightsWriter | None,
+    bfloat16: bool = False,
+) -> tuple[ModelProto, dict[str, str]]:
+    """What is left to do when every node is there."""
+    with quiet(), _named_failures(program):
         optimize_graph(made.model)
     if store is not None:
         store.take(made.model)
@@ -205,6 +250,8 @@ def _named_failures(program: Program) -> Iterator[None]:
     """Whatever the exporter raises becomes an UnsupportedModelError."""
     try:
         yield
+    except UnlikeUnitsError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.onnx.export failed on the {program.stage.name} graph: {_root_cause(error)}. "

@@ -1,16 +1,19 @@
 """Rules a program must obey at each stage, checked after every pass.
 
 ``Graph.lint()`` and ``ExportedProgram.validate()`` both accept stale shapes, so the shapes are
-inferred anew each time: the whole graph runs on fake tensors.
+inferred anew each time: the whole graph runs on fake tensors. Of several passes in a row the later ones
+run those blocks only that are given other shapes than before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from diffcr_compile import routing
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
@@ -18,11 +21,21 @@ from diffcr_compile.errors import UnsupportedModelError, VerificationError
 from diffcr_compile.program import Program, Stage, router_name, tensor_args
 from diffcr_compile.routing import TokenSelector
 
+# A module and the forms of what it was given -> the forms of what it returned.
+KnownCalls = dict[Any, Any]
+# What may be in a call that is known; anything else may hold tensors that nobody sees.
+_PLAIN = (Tensor, int, float, str, type(None), torch.dtype, torch.device)
 
-def verify(program: Program) -> None:
-    """Raise VerificationError unless `program` obeys the rules of its stage."""
+
+def verify(program: Program, known: KnownCalls | None = None) -> None:
+    """Raise VerificationError unless `program` obeys the rules of its stage.
+
+    Args:
+        program: to look at.
+        known: calls of modules that need not run again; those that do are added.
+    """
     program.graph.lint()
-    shapes = infer_shapes(program)
+    shapes = infer_shapes(program, known)
     check_blocks(program)
     if program.stage == Stage.ROUTED:
         check_scatters(program, shapes)
@@ -34,14 +47,20 @@ def verify(program: Program) -> None:
         check_scatters(program, shapes)
 
 
-def infer_shapes(program: Program) -> dict[str, tuple[int, ...]]:
+def infer_shapes(
+    program: Program, known: KnownCalls | None = None
+) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor node at the example's sizes, found by running on fake tensors.
+
+    Args:
+        program: to run.
+        known: see :func:`verify`.
 
     Raises:
         VerificationError: a node cannot run on what its inputs produce.
         UnsupportedModelError: sizes in the graph depend on values.
     """
-    interpreter = _ShapeRecorder(program.module)
+    interpreter = _ShapeRecorder(program.module, {} if known is None else known)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         inputs = [mode.from_tensor(t) for t in tensor_args(program, program.example)]
@@ -50,9 +69,10 @@ def infer_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, known: KnownCalls) -> None:
         super().__init__(module)
         self.extra_traceback = False
+        self._known = known
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -70,6 +90,40 @@ class _ShapeRecorder(fx.Interpreter):
         if isinstance(result, Tensor):
             self.shapes[n.name] = tuple(int(size) for size in result.shape)
         return result
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        given, spec = pytree.tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, _PLAIN) for leaf in given):
+            return super().call_module(target, args, kwargs)
+        key = (self.fetch_attr(target), str(spec), *((type(g), _form(g)) for g in given))
+        if key in self._known:
+            return pytree.tree_map_only(_Form, _Form.tensor, self._known[key])
+        result = super().call_module(target, args, kwargs)
+        if all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(result)):
+            self._known[key] = pytree.tree_map(_form, result)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self) -> Tensor:
+        return torch.empty_strided(
+            self.shape, self.stride, dtype=self.dtype, device=self.device
+        )
+
+
+def _form(leaf: Any) -> Any:
+    """What the form of a result depends on: the form of a tensor, else the value."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return _Form(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
 
 
 def check_blocks(program: Program) -> None:

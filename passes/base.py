@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from diffcr_compile.errors import DiffCRError, PassError
 from diffcr_compile.program import Program
-from diffcr_compile.verify import verify
+from diffcr_compile.verify import KnownCalls, verify
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Pass(abc.ABC):
     def ensures(self, program: Program) -> None:
         """Raise PostconditionError if `program` is not what this pass promises."""
 
-    def __call__(self, program: Program) -> PassResult:
+    def __call__(self, program: Program, known: KnownCalls | None = None) -> PassResult:
         self.requires(program)
         result = self.run(program)
         if (result.program is program) != (result.edits == 0):
@@ -54,15 +54,16 @@ class Pass(abc.ABC):
                 f"{'the same' if result.program is program else 'a new'} program"
             )
         self.ensures(result.program)
-        verify(result.program)
+        verify(result.program, known)
         return result
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
     """Run `passes` in the order given; the order is the pipeline."""
+    known: KnownCalls = {}
     for index, pass_ in enumerate(passes):
         try:
-            result = pass_(program)
+            result = pass_(program, known)
         except DiffCRError:
             raise
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from torch import fx
 
 from diffcr_compile import routing
 from diffcr_compile.errors import VerificationError
+from diffcr_compile.passes.base import run_passes
+from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
+from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
 from diffcr_compile.program import Program, Stage
 from diffcr_compile.verify import check_static, infer_shapes, verify
 from tests.conftest import Case
+from tests.model_parts import Block
 
 aten = torch.ops.aten
 
@@ -72,6 +77,39 @@ def test_a_wrong_shape_is_named_with_its_node(case: Case) -> None:
     for program in (case.captured, case.routed):
         with pytest.raises(VerificationError, match="blocks_1 cannot run: RuntimeError"):
             verify(edited(program, cut))
+
+
+def test_of_passes_in_a_row_the_later_ones_run_no_block_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[torch.Size] = []
+    forward = Block.forward
+
+    def counted(self: Block, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        runs.append(x.shape)
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    column = dict(zip(case.names, (9, 36), strict=True))
+    steps = [FreezeKeptTokens(case.schedule(column), 0), RemoveFullBlocks()]
+    run_passes(case.routed, steps)
+    assert [shape[1] for shape in runs].count(9) == 1
+
+
+def test_what_is_known_of_other_shapes_hides_nothing(case: Case) -> None:
+    """A block that ran well is run again when a pass gives it something else."""
+
+    def cut(graph: fx.Graph) -> None:
+        block = node_of(graph, "blocks.1")
+        with graph.inserting_before(block):
+            narrow = graph.call_function(aten.slice.Tensor, (block.args[1], 1, 0, 7))
+        block.args = (block.args[0], narrow)
+
+    known: dict[Any, Any] = {}
+    assert infer_shapes(case.captured, known) == infer_shapes(case.captured, known)
+    assert known
+    with pytest.raises(VerificationError, match="blocks_1 cannot run: RuntimeError"):
+        verify(edited(case.captured, cut), known)
 
 
 def test_a_gather_of_too_few_tokens_is_caught(frozen: Program) -> None:

@@ -78,7 +78,12 @@ class Findings:
 
 
 class Examiner:
-    """How candidates are looked at. A dry run has a quicker way (``planning/dry_run.py``)."""
+    """How candidates are looked at. A dry run has a quicker way (``planning/dry_run.py``).
+
+    One examiner is for one model and one set of example inputs.
+    """
+
+    _recorded: tuple[Any, tuple[Mapping[str, list[Call]], Any]] | None = None
 
     def prepared(
         self,
@@ -98,8 +103,23 @@ class Examiner:
         candidates: Mapping[str, nn.Module],
     ) -> dict[str, StreamView]:
         """How candidates are shown whose streams are not batch first, see ``views.py``."""
-        calls, output = record_calls(model, args, kwargs, candidates, identity=False)
-        return guess_views(args, kwargs, calls, output)
+        return guess_views(args, kwargs, *self.recorded(model, args, kwargs, candidates))
+
+    def recorded(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        candidates: Mapping[str, nn.Module],
+    ) -> tuple[Mapping[str, list[Call]], Any]:
+        """The calls of the candidates and the output of one forward, which is asked for twice where nothing is turned."""
+        key = (model, dict(candidates))
+        if self._recorded is None or self._recorded[0] != key:
+            self._recorded = (
+                key,
+                record_calls(model, args, kwargs, candidates, identity=False),
+            )
+        return self._recorded[1]
 
     def pairs(self, name: str, module: nn.Module, call: Call) -> Pairs:
         """See ``residual.residual_pairs``."""
@@ -260,7 +280,7 @@ def _find(
 ) -> Findings:
     """Try all candidates, and what is inside of them."""
     run, watched = examiner.prepared(model, args, kwargs, candidates)
-    calls, output = record_calls(run, args, kwargs, watched, identity=False)
+    calls, output = examiner.recorded(run, args, kwargs, watched)
     sample = sample_input(args, kwargs, output)
     pairs: dict[str, Pairs] = {
         name: examiner.pairs(name, candidates[name], recorded[0])
@@ -369,7 +389,8 @@ def examine(
     aligned = trial.per_sample(aligned)
     trial.check_counts(aligned)
     check_static(module, call)
-    is_branch = not trial.has_own_residual() and name in moved.outside.bypassed
+    # In this order: what gets past is found out once for all blocks, a residual in each by itself.
+    is_branch = name in moved.outside.bypassed and not trial.has_own_residual()
     if is_branch and not moved.outside.adds(name, output):
         raise IllegalError(
             "it has no residual of its own, and the model does more with its output than to add it to "

@@ -68,9 +68,7 @@ class Trial:
         self.allowed = MAX_PERMUTATION_ERROR
         self._choose_precision(module, call, source.dtype)
         self.rough: Any = None
-        if self.wide:
-            with contextlib.suppress(Exception):  # only what is slower then
-                self.rough = self._plain(self.tree)
+        self._errors: dict[tuple[TokenAxis, ...], float] = {}
 
     def _choose_precision(self, module: nn.Module, call: Call, own: torch.dtype) -> None:
         """Float64 throughout; with float32 where the block asks for it; or its own, as it is.
@@ -207,6 +205,9 @@ class Trial:
             failure = self.failure(aligned)
             if failure is None:
                 return self._without_needless(aligned)
+            if len(tried) == 1 and self.wide:  # hundreds may follow, nearly all of them wrong
+                with contextlib.suppress(Exception):  # only what is slower then
+                    self.rough = self._plain(self.tree)
         raise IllegalError(str(failure))
 
     def _without_needless(
@@ -216,12 +217,12 @@ class Trial:
             fewer = tuple(other for other in aligned if other != leaf)
             if self.failure(fewer) is None:
                 aligned = fewer
-        return aligned, self.permutation_error(aligned)
+        return aligned, self._errors[aligned]
 
     def failure(self, aligned: tuple[TokenAxis, ...]) -> str | None:
         """Why the block is not legal with these token-aligned arguments, or None."""
         try:
-            error = self.permutation_error(aligned)
+            error = self._errors[aligned] = self.permutation_error(aligned)
         except Exception as problem:  # noqa: BLE001 - the user's block may raise anything
             return f"it does not run with permuted tokens: {short(problem)}"
         if not error <= self.allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from diffcr_compile.blocks import BlockSpec, TokenAxis
 from diffcr_compile.capture import capture
@@ -20,6 +22,7 @@ from diffcr_compile.streams import sample_input
 from diffcr_compile.trial import Trial
 from tests import models
 from tests.conftest import Case, keeping
+from tests.model_parts import Block
 
 ROPE = (1, "rope")
 FLUX_TABLES = (
@@ -605,3 +608,23 @@ def _cut(
 
 def _with_args(example: models.Example) -> tuple[nn.Module, tuple[()], dict[str, Any]]:
     return example[0], (), example[1]
+
+
+def test_a_legal_block_runs_no_more_often_than_its_experiments_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float64 as it is, permuted and cut; in its own precision once to be seen, and with every block bypassed."""
+    runs: collections.Counter[torch.dtype] = collections.Counter()
+    forward = Block.forward
+
+    def counted(self: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(x, FakeTensor):
+            runs[x.dtype] += 1
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    model, inputs = models.plain(depth=3)
+    assert len(find_blocks(model, (), inputs).blocks) == 3
+    assert runs[torch.float64] == 3 * 3
+    # seen once; bypassed on the example, on another image, on another first sample; twice with zeros
+    assert runs[torch.float32] == 3 * (1 + 3 + 2)

@@ -46,7 +46,7 @@ COLUMNS = {
     4: (192, 144),
 }
 BLOCK_SIZES = [(192, 1024), (384, 256), (384, 1024), (1152, 256), (1152, 1024)]
-ROUTING_OPS = ("TopK", "GatherND", "ScatterND")
+ROUTING_OPS = ("TopK", "Gather", "ScatterND")
 
 
 def frozen_programs() -> tuple[Program, dict[int, Program], dict[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -43,10 +44,10 @@ def drop_full_routing(model: ModelProto, selects: Collection[str]) -> None:
             if node.op_type not in _POSITIONS:
                 raise UnsupportedModelError(f"{node.op_type} reads the positions of tokens")
             positions |= set(node.output)
-        elif shapes.get(source) != shapes.get(node.output[0]):
-            raise UnsupportedModelError(f"{node.op_type} changes a shape with all tokens kept")
-        else:
+        elif shapes.get(source) == shapes.get(node.output[0]):
             passed_on[node.output[0]] = source
+        else:
+            _only_reshape(graph, node, source, shapes)
     replace_uses(graph, passed_on)
     drop_unused(graph)
     if any(set(selects) & set(node.output) for node in graph.node):
@@ -63,8 +64,31 @@ def _passed_on(node: NodeProto, positions: set[str]) -> str | None:
     return None
 
 
+def _only_reshape(
+    graph: GraphProto, node: NodeProto, source: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Turn a gather or a scatter of all tokens into what is left of it: rows of a table by sample, or the reverse.
+
+    Before:  ``y = Gather(table (B * N, C), positions (B, N))``
+    After:   ``y = Reshape(table, (B, N, C))``      or Expand, where the samples share a table of N rows
+    """
+    before, after = shapes.get(source), shapes.get(node.output[0])
+    if before is None or after is None:
+        raise UnsupportedModelError(f"{node.op_type} has no static shape")
+    if math.prod(before) == math.prod(after):
+        op = "Reshape"
+    elif before == after[1:]:
+        op = "Expand"
+    else:
+        raise UnsupportedModelError(f"{node.op_type} changes a shape with all tokens kept")
+    shape = f"{node.output[0]}.shape"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(after, np.int64), shape))
+    node.op_type, node.input[:] = op, [source, shape]
+    del node.attribute[:]
+
+
 def _undo_pairs(model: ModelProto) -> None:
-    """Drop transposes that undo each other, and slices that are put together again."""
+    """Drop transposes and reshapes that undo each other, and slices that are put together again."""
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     outputs = {value.name for value in graph.output}
@@ -77,6 +101,8 @@ def _undo_pairs(model: ModelProto) -> None:
         source = None
         if node.op_type == "Transpose":
             source = _before_both(node, makers)
+        elif node.op_type == "Reshape":
+            source = _before_reshapes(node, makers, shapes)
         elif node.op_type == "Concat":
             source = _whole(node, makers, constants, shapes)
         if source is not None:
@@ -93,6 +119,19 @@ def _before_both(node: NodeProto, makers: dict[str, NodeProto]) -> str | None:
     if not one or not two or [one[axis] for axis in two] != list(range(len(two))):
         return None
     return str(first.input[0])
+
+
+def _before_reshapes(
+    node: NodeProto, makers: dict[str, NodeProto], shapes: dict[str, tuple[int, ...]]
+) -> str | None:
+    """The value of the same shape that a chain of reshapes starts from."""
+    first: NodeProto | None = node
+    while first is not None and first.op_type == "Reshape":
+        source = str(first.input[0])
+        if shapes.get(source, ()) == shapes.get(node.output[0]):
+            return source
+        first = makers.get(source)
+    return None
 
 
 def _whole(

@@ -140,14 +140,36 @@ def test_onnx_runtime_computes_what_the_program_computes(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_routing_is_topk_gather_nd_and_scatter_nd(
+def test_routing_is_gemm_topk_gather_and_scatter_nd(
     exported: Callable[[str], Exported], name: str
 ) -> None:
     made = exported(name)
     ops, blocks = made.count(), len(made.column)
     assert ops["TopK"] == ops["ScatterND"] == blocks
-    assert ops["GatherND"] >= blocks
-    assert not {"GatherElements", "ScatterElements", "Loop", "If", "NonZero"} & set(ops)
+    assert ops["Gather"] >= blocks
+    assert not {
+        "GatherND",
+        "GatherElements",
+        "ScatterElements",
+        "Loop",
+        "If",
+        "NonZero",
+    } & set(ops)
+
+
+def test_from_a_scatter_the_stream_goes_to_the_next_router_as_it_is(
+    exported: Callable[[str], Exported],
+) -> None:
+    """And a router is weight x tokens^T: the other way round ONNX Runtime packs a column, padded to sixteen."""
+    made = exported("dit")
+    makers = {out: node for node in made.model.graph.node for out in node.output}
+    scatters = [node for node in made.model.graph.node if node.op_type == "ScatterND"]
+    routers = [n for n in made.model.graph.node if "router.score" in n.input[0]]
+    assert len(routers) == len(scatters) == len(made.column)
+    for router, before in zip(routers[1:], scatters, strict=False):
+        assert router.op_type == "Gemm"
+        assert {a.name: a.i for a in router.attribute}["transB"] == 1
+        assert makers[router.input[1]].name == before.name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -235,7 +257,7 @@ def test_the_dense_model_is_exported_the_same_way_into_one_file(
     row = compare("dense", found, expected, TOLERANCE)
     assert row.passed, row
     ops = {node.op_type for node in onnx.load(tmp_path / "dense.onnx").graph.node}
-    assert not ops & {"TopK", "GatherND", "ScatterND"}
+    assert not ops & {"TopK", "ScatterND"}
 
 
 def test_a_dense_model_beyond_one_message_puts_its_weights_beside(

@@ -22,6 +22,7 @@ from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.export.small_constants import keep_small_constants
+from diffcr_compile.export.undone_views import drop_undone_views
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 
@@ -260,6 +261,26 @@ def test_ordinary_numbers_and_scalars_stay_as_they_are() -> None:
     before = len(program.graph.nodes)
     assert keep_small_constants(program.graph) == 0
     assert len(program.graph.nodes) == before
+
+
+@pytest.mark.parametrize(
+    ("there_and_back", "taken"),
+    [
+        (lambda m, x: x.view(2, 3, 4).contiguous().flatten(0, 1), 1),
+        (lambda m, x: x.view(2, 3, 4).float().flatten(0, 1), 1),
+        (lambda m, x: x.view(2, 3, 4).half().flatten(0, 1), 0),  # rounds on the way
+        (lambda m, x: x.view(2, 3, 4).transpose(1, 2).reshape(6, 4), 0),  # moves values
+        (lambda m, x: x.view(2, 3, 4).flatten(1, 2), 0),
+    ],
+)
+def test_views_that_undo_each_other_are_taken_away_and_others_kept(
+    there_and_back: Callable[..., Any], taken: int
+) -> None:
+    x = torch.randn(6, 4)
+    program = exported(there_and_back, x)
+    assert drop_undone_views(program.graph) == taken
+    program.graph_module.recompile()
+    assert torch.equal(program.module()(x), there_and_back(None, x))
 
 
 def bfloat16_parts(module: Any, x: Tensor) -> Any:

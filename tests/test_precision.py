@@ -66,7 +66,8 @@ def test_products_are_float16_and_what_grows_or_decides_is_not(half: Any) -> Non
         aten.add.Tensor,
         aten.index_put.default,
     ):
-        assert kinds(half, target) == {torch.float32}, target
+        floats = {kind for kind in kinds(half, target) if kind.is_floating_point}
+        assert floats == {torch.float32}, target  # positions are added up too
     linears = [n for n in half.graph.nodes if n.target is aten.linear.default]
     routers = [n for n in linears if "_router" in str(n.meta["nn_module_stack"])]
     assert {n.meta["val"].dtype for n in routers} == {torch.float32}

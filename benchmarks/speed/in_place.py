@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-ENDS = ("GatherND", "ScatterND", "Gather")
+ENDS = ("Gather", "ScatterND")
 
 
 def routing_nodes(model: onnx.ModelProto) -> set[str]:

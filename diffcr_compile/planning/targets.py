@@ -23,8 +23,8 @@ from diffcr_compile.planning.target_files import (
     read_list,
 )
 
-# What routing adds to a block in the exported graph. MatMul is the router's.
-ROUTING_OPS = ("MatMul", "TopK", "GatherND", "ScatterND")
+# What routing adds to a block in the exported graph. Gemm is the router's.
+ROUTING_OPS = ("Gemm", "TopK", "Gather", "ScatterND")
 _RUNTIMES = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT-RTX",

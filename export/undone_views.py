@@ -39,11 +39,11 @@ def drop_undone_views(graph: fx.Graph) -> int:
 
 
 def _same_before(node: fx.Node) -> fx.Node | None:
-    """The nearest value that `node` views in its own shape."""
-    shape = _static_shape(node)
+    """The nearest value that `node` views in its own shape and order in memory."""
+    layout = _layout(node)
     source = node.args[0]
-    while shape is not None and isinstance(source, fx.Node):
-        if _static_shape(source) == shape:
+    while layout is not None and isinstance(source, fx.Node):
+        if _layout(source) == layout:
             return source
         if source.target not in _VIEWS and not _is_idle_cast(source):
             break
@@ -60,8 +60,9 @@ def _is_idle_cast(node: fx.Node) -> bool:
     return bool(node.meta["val"].dtype == source.meta["val"].dtype)
 
 
-def _static_shape(node: fx.Node) -> tuple[int, ...] | None:
+def _layout(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and strides: a copy that only puts a tensor in order is no view. None if a size is open."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
         return None
-    return tuple(value.shape)
+    return tuple(value.shape), tuple(value.stride())

@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 # tests run side by side, a file to a process and one thread each: small models gain nothing from more
 TEST_JOBS ?= auto
 EXTRAS := cpu,dev,diffusers,docs,rtx
-BENCHMARKS := quality_reference routing_overhead speedup peers cost_model export_cost artifact_size load_memory
+BENCHMARKS := quality_reference routing_overhead routing_gap speedup peers cost_model export_cost artifact_size load_memory
 AUDIT := pip-audit==2.10.1
 
 BIN := $(VENV)/bin

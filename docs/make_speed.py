@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
+GAP = ("Gemm", "TopK", "Gather", "ScatterND")  # of routing; what is left makes positions
 HEAD = """# Speed and size
 
 What the MACs promise, and what is delivered. Made by `docs/make_speed.py` from the records in
@@ -131,6 +132,35 @@ def routing_overhead(record: Record) -> list[str]:
             "the profiler, and in a graph of their own, which also pays for a call and for memory that is no longer in a cache; "
             "and the keep ratio from which on a routed block is faster than a dense one. Wanted at 1,024 tokens and width "
             "384 and more: at most 2 %, at least 0.95."
+        ),
+        "",
+        *_table(header, rows),
+    ]
+
+
+def routing_gap(record: Record) -> list[str]:
+    """Routed at a quarter of the tokens beside dense on as many."""
+    rows = [
+        [
+            str(row["width"]),
+            str(row["tokens"]),
+            str(row["batch"]),
+            *(f"{row['routing_per_block'].get(op, 0):.0f}" for op in GAP),
+            f"{sum(spent for op, spent in row['routing_per_block'].items() if op not in GAP):.0f}",
+            f"{row['blocks'] * sum(row['routing_per_block'].values()) / row['routed']:.1%}",
+            f"{row['outside_of_routing'] / row['routed']:.1%}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["width", "tokens", "batch", "router", "TopK", "gather", "scatter", "positions", "all, of the run", "outside, of the run"]  # fmt: skip
+    return [
+        "## Where routing takes its time",
+        "",
+        (
+            "At a keep ratio of 0.25, microseconds per block from ONNX Runtime's profiler, which adds some to each; as a share of "
+            "the run; and what else the run takes more than the dense model on a quarter of the tokens: patch embedding and head see "
+            "all tokens. ScatterND copies the stream in ONNX Runtime, whoever else reads it "
+            "([0026](decisions/0026-rows-of-one-table.md))."
         ),
         "",
         *_table(header, rows),
@@ -311,6 +341,7 @@ def _origin(name: str, record: Record) -> str:
 SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "speedup": speedup,
     "routing_overhead": routing_overhead,
+    "routing_gap": routing_gap,
     "peers": peers,
     "cost_model": cost_model,
     "export_cost": export_cost,

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import artifact_size, cost_model, export_cost, load_memory, peers, speedup
+from benchmarks import (
+    artifact_size,
+    cost_model,
+    export_cost,
+    load_memory,
+    peers,
+    routing_gap,
+    speedup,
+)
 from benchmarks.speed.record import write_record
 from benchmarks.speed.routing_parts import block_overhead, break_even
 from diffcr_compile.export import artifact, bucket_graphs
@@ -59,6 +67,15 @@ def test_routing_overhead(tmp_path: Path) -> None:
     row = block_overhead(64, 64, 7, (0.95, 0.5))
     assert 0 < row["routing_in_place"]["share"] < 1
     assert "| 64 | 64 |" in section("routing_overhead", {"blocks": [row]}, tmp_path)
+
+
+def test_routing_gap(tmp_path: Path) -> None:
+    row = routing_gap.measure((64, 64, 2), 3)
+    assert set(row["routing_per_block"]) >= {"Gemm", "TopK", "Gather", "ScatterND"}
+    assert min(row["routing_per_block"].values()) > 0
+    total = row["blocks"] * sum(row["routing_per_block"].values()) + row["outside_of_routing"]
+    assert total == pytest.approx(row["routed"] - row["fewer_tokens"])
+    assert "| 64 | 64 | 2 |" in section("routing_gap", {"rows": [row]}, tmp_path)
 
 
 def test_break_even_is_interpolated() -> None:

@@ -6,7 +6,7 @@ import collections
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,24 @@ def share_in_place(
 ) -> dict[str, Any]:
     """Time of a block's routing as a share of the dense block's time; the two take turns."""
     nodes = routing_nodes(onnx.load(str(routed), load_external_data=False))
-    with tempfile.TemporaryDirectory() as folder:
-        sessions = [_profiled(path, Path(folder) / path.stem) for path in (routed, dense)]
-        for _ in range(runs):
-            for session in sessions:
-                session.run(None, dict(inputs))
-        times = [_medians(Path(session.end_profiling())) for session in sessions]
+    times = profiles_in_turns([(routed, inputs), (dense, inputs)], runs)
     mine = {name: spent for name, spent in times[0].items() if name.split("/")[0] in nodes}
     return {
         "share": sum(mine.values()) / sum(times[1].values()),
         "milliseconds": dict(sorted(mine.items(), key=lambda item: -item[1])),
     }
+
+
+def profiles_in_turns(
+    graphs: Sequence[tuple[Path, Mapping[str, Any]]], runs: int
+) -> list[dict[str, float]]:
+    """Milliseconds of each node of each graph on its inputs, the median over runs that take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = [_profiled(path, Path(folder) / path.stem) for path, _ in graphs]
+        for _ in range(runs):
+            for session, (_, inputs) in zip(sessions, graphs, strict=True):
+                session.run(None, dict(inputs))
+        return [_medians(Path(session.end_profiling())) for session in sessions]
 
 
 def _profiled(path: Path, prefix: Path) -> Any:

@@ -11,7 +11,6 @@ from diffcr_compile.export.complex_numbers import use_real_numbers
 from diffcr_compile.export.constant_parts import work_out_constants
 from diffcr_compile.export.empty_attention import drop_empty_attention
 from diffcr_compile.export.small_constants import keep_small_constants
-from diffcr_compile.export.undone_views import drop_undone_views
 
 aten = torch.ops.aten
 
@@ -22,7 +21,6 @@ def lower_for_onnx(exported: ExportedProgram) -> ExportedProgram:
     work_out_constants(exported)
     drop_empty_attention(exported.graph)
     drop_false_squeezes(exported.graph)
-    drop_undone_views(exported.graph)
     keep_small_constants(exported.graph)
     exported.graph.lint()
     exported.graph_module.recompile()

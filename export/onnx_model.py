@@ -25,6 +25,7 @@ from diffcr_compile.export.optimize_graph import optimize_graph
 from diffcr_compile.export.regrow import UnlikeUnitsError, regrow
 from diffcr_compile.export.repeats import find_repeats
 from diffcr_compile.export.short_program import ShortProgram, shortened
+from diffcr_compile.export.undone_reshapes import drop_undone_reshapes
 from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.program import Program, run_flat
 
@@ -149,6 +150,7 @@ def _finished(
     """What is left to do when every node is there."""
     with quiet(), _named_failures(program):
         optimize_graph(made.model)
+        drop_undone_reshapes(made.model)
     if store is not None:
         store.take(made.model)
     model: ModelProto = made.model_proto

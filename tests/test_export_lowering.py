@@ -22,7 +22,6 @@ from diffcr_compile.export.logical_where import say_where_in_logic
 from diffcr_compile.export.lower import lower_for_onnx
 from diffcr_compile.export.parity import run_onnx
 from diffcr_compile.export.small_constants import keep_small_constants
-from diffcr_compile.export.undone_views import drop_undone_views
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 
@@ -261,30 +260,6 @@ def test_ordinary_numbers_and_scalars_stay_as_they_are() -> None:
     before = len(program.graph.nodes)
     assert keep_small_constants(program.graph) == 0
     assert len(program.graph.nodes) == before
-
-
-@pytest.mark.parametrize(
-    ("there_and_back", "taken"),
-    [
-        (lambda m, x: x.view(2, 3, 4).contiguous().flatten(0, 1), 1),
-        (lambda m, x: x.view(2, 3, 4).float().flatten(0, 1), 1),
-        (lambda m, x: x.view(2, 3, 4).half().flatten(0, 1), 0),  # rounds on the way
-        (lambda m, x: x.view(2, 3, 4).transpose(1, 2).reshape(6, 4), 0),  # moves values
-        (lambda m, x: x.view(2, 3, 4).flatten(1, 2), 0),
-        (lambda m, x: x.t().contiguous().view(4, 6), 1),  # the view; the copy is needed
-    ],
-)
-def test_views_that_undo_each_other_are_taken_away_and_others_kept(
-    there_and_back: Callable[..., Any], taken: int
-) -> None:
-    x = torch.randn(6, 4)
-    program = exported(there_and_back, x)
-    strides = there_and_back(None, x).stride()
-    assert drop_undone_views(program.graph) == taken
-    program.graph_module.recompile()
-    found = program.module()(x)
-    assert torch.equal(found, there_and_back(None, x))
-    assert found.stride() == strides
 
 
 def bfloat16_parts(module: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What a calibration leaves of the error at equal MACs: ours, the paper's estimator, and the controls that are trained.
+"""What a calibration leaves of the error at equal MACs: ours, the paper's estimator, controls that are trained, merging.
 
     python -m benchmarks.held_out_error            # some three minutes a run on one CPU core; goes on from its own record
     python -m benchmarks.held_out_error --smoke
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 import diffcr_compile as dcr
+from benchmarks.quality import merging
 from diffcr_compile.calibrate.data import TeacherStates, roll_out
 from diffcr_compile.config import CompileConfig, make_config
 from diffcr_compile.durable import write_json_atomic
@@ -43,7 +45,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "calibration": FROM_ERRORS,
     },
 }
-BUDGET = 0.6
+MERGED = "tokens merged (2-D ToMe), no training"
+BUDGETS = (0.6, 0.42)
 SAMPLER_STEPS = 8
 HELD_OUT_SEED = 999
 SEEDS = (0, 1, 2)
@@ -99,12 +102,17 @@ def error(graphs: tuple[DiTGraph, ...], unseen: TeacherStates) -> float:
 
 
 def calibrated(
-    variant: str, seed: int, scale: Scale, seen: TeacherStates, unseen: TeacherStates
+    variant: str,
+    budget: float,
+    seed: int,
+    scale: Scale,
+    seen: TeacherStates,
+    unseen: TeacherStates,
 ) -> dict[str, Any]:
     config = settings(variant, seed, scale)
     routed = dcr.route(demo.load_reference_dit(), demo.example_inputs(), config.routing, seed)
     start = time.process_time()
-    result = dcr.calibrate(routed, seen, budget=BUDGET, config=config)
+    result = dcr.calibrate(routed, seen, budget=budget, config=config)
     spent = time.process_time() - start
     frozen = dcr.freeze(routed, schedule=result.schedule)
     # adjacent buckets with one schedule become one graph
@@ -115,6 +123,28 @@ def calibrated(
         "error": error(frozen, unseen),
         "macs_share": result.schedule.reached,
         "cpu_seconds": round(spent, 1),
+    }
+
+
+@torch.no_grad()
+def merged(budget: float, seed: int, unseen: TeacherStates) -> dict[str, Any]:
+    """Token merging, which nothing is trained for."""
+    start = time.process_time()
+    program = dcr.route(demo.load_reference_dit(), demo.example_inputs()).program
+    left, share = merging.kept_for(program, budget)
+    model = merging.merging_dit(demo.load_reference_dit(), left, seed)
+    off = size = 0.0
+    for row in range(len(unseen.target)):
+        inputs = {name: tensor[row : row + 1] for name, tensor in unseen.inputs.items()}
+        found = model(**inputs).sample
+        off += (found - unseen.target[row]).square().sum().item()
+        size += unseen.target[row].square().sum().item()
+    return {
+        "variant": MERGED,
+        "seed": seed,
+        "error": off / size,
+        "macs_share": share,
+        "cpu_seconds": round(time.process_time() - start, 1),
     }
 
 
@@ -135,13 +165,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def recorded(path: Path, scale: Scale) -> list[dict[str, Any]]:
-    """Runs of an earlier time under the same settings."""
-    if not path.exists():
-        return []
-    data = json.loads(path.read_text())
-    same = data["scale"] == dataclasses.asdict(scale) and data["budget"] == BUDGET
-    return list(data["runs"]) if same else []
+def recorded(path: Path, scale: Scale) -> dict[str, Any]:
+    """Budgets with their runs, of an earlier time under the same settings."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    same = data.get("scale") == dataclasses.asdict(scale)
+    found: dict[str, Any] = data.get("budgets", {}) if same else {}
+    return found
 
 
 def main() -> None:
@@ -150,25 +179,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scale, seeds = (SMOKE, SEEDS[:1]) if args.smoke else (Scale(), SEEDS)
-    runs = [] if args.smoke else recorded(args.out, scale)
-    done = {(run["variant"], run["seed"]) for run in runs}
-    todo = [(v, seed) for seed in seeds for v in VARIANTS if (v, seed) not in done]
+    scale, seeds, budgets = (
+        (SMOKE, SEEDS[:1], BUDGETS[:1]) if args.smoke else (Scale(), SEEDS, BUDGETS)
+    )
+    found = {} if args.smoke else recorded(args.out, scale)
     seen, unseen = states(scale.trajectories, 0), states(scale.held_out, HELD_OUT_SEED)
-    for variant, seed in todo:
-        runs.append(calibrated(variant, seed, scale, seen, unseen))
-        print(runs[-1], flush=True)
+    for budget, seed, variant in itertools.product(budgets, seeds, [*VARIANTS, MERGED]):
+        runs = found.setdefault(str(budget), {"runs": []})["runs"]
+        if any((run["variant"], run["seed"]) == (variant, seed) for run in runs):
+            continue
+        runs.append(
+            merged(budget, seed, unseen)
+            if variant == MERGED
+            else calibrated(variant, budget, seed, scale, seen, unseen)
+        )
+        print(budget, runs[-1], flush=True)
+        found[str(budget)]["summary"] = summary(runs)
         report = {
-            "budget": BUDGET,
             "scale": dataclasses.asdict(scale),
-            "summary": summary(runs),
-            "runs": runs,
+            "budgets": found,
             "environment": environment(),
             "date": time.strftime("%Y-%m-%d"),
         }
         if not args.smoke:
             write_json_atomic(args.out, report)
-    print(json.dumps(summary(runs), indent=1))
+    print(json.dumps({budget: part["summary"] for budget, part in found.items()}, indent=1))
 
 
 if __name__ == "__main__":

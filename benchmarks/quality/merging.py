@@ -27,11 +27,16 @@ def build(case: Case) -> Any:
     from benchmarks.quality.variants import Built, plain
 
     left, share = kept_for(case.routed().program, case.job.budget)
-    model = case.model()
-    generator = torch.Generator().manual_seed(case.job.seed)
+    model = merging_dit(case.model(), left, case.job.seed)
+    return Built(plain(model), lambda _: share, facts={"tokens_left": left})
+
+
+def merging_dit(model: nn.Module, left: int, seed: int) -> nn.Module:
+    """The model, each of whose blocks runs on `left` tokens from now on."""
+    generator = torch.Generator().manual_seed(seed)
     for block in model.transformer_blocks:
         block.forward = merged(block.forward, left, generator)
-    return Built(plain(model), lambda _: share, facts={"tokens_left": left})
+    return model
 
 
 def kept_for(program: Program, budget: float) -> tuple[int, float]:

@@ -32,10 +32,12 @@ from diffcr_compile.reference import demo
 from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parent / "results/held_out_error.json"
-OURS = "ours"
 FROM_ERRORS = {"ratios": "errors", "resolves": 1}
+BY_GRADIENT, BY_ERRORS = "ours, ratios by gradient", "ours, ratios from measured errors"
+OURS = (BY_GRADIENT, BY_ERRORS)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    OURS: {},
+    BY_GRADIENT: {},
+    BY_ERRORS: {"routing": {"skip_blocks": True}, "calibration": FROM_ERRORS},
     "two bins": {"calibration": {"estimator": "two_bin"}},
     "uniform (Mixture-of-Depths)": {"calibration": {"ratios": "uniform"}},
     "random router": {"routing": {"router": "random"}},
@@ -149,18 +151,24 @@ def merged(budget: float, seed: int, unseen: TeacherStates) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each variant: mean and range, and against ours the mean of the seeds' ratios and whether all seeds agree."""
+    """Of each variant: mean and range, and against each of ours the mean of the seeds' ratios and whether all seeds agree."""
     found: dict[str, Any] = {}
     errors = {(run["variant"], run["seed"]): run["error"] for run in runs}
     for variant in dict.fromkeys(run["variant"] for run in runs):
         mine = {seed: error for (name, seed), error in errors.items() if name == variant}
-        ratios = [mine[s] / errors[OURS, s] for s in mine if (OURS, s) in errors]
+        against = {}
+        for ours in OURS:
+            ratios = [mine[s] / errors[ours, s] for s in mine if (ours, s) in errors]
+            if ratios and variant != ours:
+                against[ours] = {
+                    "ratio": statistics.fmean(ratios),
+                    "worse_with_every_seed": min(ratios) > 1,
+                }
         found[variant] = {
             "mean": statistics.fmean(mine.values()),
             "min": min(mine.values()),
             "max": max(mine.values()),
-            "over_ours": statistics.fmean(ratios),
-            "worse_with_every_seed": min(ratios) > 1,
+            "against": against,
         }
     return found
 
@@ -169,14 +177,16 @@ def recorded(path: Path, scale: Scale) -> dict[str, Any]:
     """Budgets with their runs, of an earlier time under the same settings."""
     data = json.loads(path.read_text()) if path.exists() else {}
     same = data.get("scale") == dataclasses.asdict(scale)
-    found: dict[str, Any] = data.get("budgets", {}) if same else {}
-    return found
+    budgets = data["budgets"] if same else {}
+    return {budget: {"runs": part["runs"]} for budget, part in budgets.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--budget", type=float, help="only this one")
+    parser.add_argument("--seed", type=int, help="only this one")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scale, seeds, budgets = (
@@ -186,7 +196,8 @@ def main() -> None:
     seen, unseen = states(scale.trajectories, 0), states(scale.held_out, HELD_OUT_SEED)
     for budget, seed, variant in itertools.product(budgets, seeds, [*VARIANTS, MERGED]):
         runs = found.setdefault(str(budget), {"runs": []})["runs"]
-        if any((run["variant"], run["seed"]) == (variant, seed) for run in runs):
+        done = any((run["variant"], run["seed"]) == (variant, seed) for run in runs)
+        if done or args.budget not in (None, budget) or args.seed not in (None, seed):
             continue
         runs.append(
             merged(budget, seed, unseen)
@@ -194,16 +205,15 @@ def main() -> None:
             else calibrated(variant, budget, seed, scale, seen, unseen)
         )
         print(budget, runs[-1], flush=True)
-        found[str(budget)]["summary"] = summary(runs)
         report = {
             "scale": dataclasses.asdict(scale),
-            "budgets": found,
+            "budgets": {b: {"summary": summary(p["runs"]), **p} for b, p in found.items()},
             "environment": environment(),
             "date": time.strftime("%Y-%m-%d"),
         }
         if not args.smoke:
             write_json_atomic(args.out, report)
-    print(json.dumps({budget: part["summary"] for budget, part in found.items()}, indent=1))
+    print(json.dumps({b: summary(part["runs"]) for b, part in found.items()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import diffcr_compile as dcr
-from benchmarks.held_out_error import OURS, error, summary
+from benchmarks.held_out_error import (
+    BY_ERRORS,
+    BY_GRADIENT,
+    SMOKE,
+    Scale,
+    error,
+    recorded,
+    summary,
+)
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
@@ -38,18 +50,34 @@ def test_the_error_is_summed_over_the_graph_of_each_states_bucket() -> None:
     assert found == pytest.approx(float(off / target.square().sum()), rel=1e-3)
 
 
-def test_variants_are_compared_seed_by_seed() -> None:
-    def runs(ours: tuple[float, ...], other: tuple[float, ...]) -> list[dict]:
-        both = {OURS: ours, "other": other}
+def test_variants_are_compared_seed_by_seed_with_each_of_ours() -> None:
+    def runs(**errors: tuple[float, ...]) -> list[dict]:
+        names = {"gradient": BY_GRADIENT, "errors": BY_ERRORS, "other": "other"}
         return [
-            {"variant": name, "seed": seed, "error": error}
-            for name, errors in both.items()
-            for seed, error in enumerate(errors)
+            {"variant": names[name], "seed": seed, "error": error}
+            for name, found in errors.items()
+            for seed, error in enumerate(found)
         ]
 
-    once_better = summary(runs((1.0, 3.0), (2.0, 2.5)))["other"]
-    assert not once_better["worse_with_every_seed"]
-    assert once_better["over_ours"] == pytest.approx((2 + 2.5 / 3) / 2)
-    always = summary(runs((1.0, 3.0), (1.5, 3.5)))["other"]
-    assert always["worse_with_every_seed"]  # though the ranges overlap
+    once_better = summary(runs(gradient=(1.0, 3.0), errors=(1.0, 2.0), other=(2.0, 2.5)))
+    against = once_better["other"]["against"]
+    assert not against[BY_GRADIENT]["worse_with_every_seed"]
+    assert against[BY_GRADIENT]["ratio"] == pytest.approx((2 + 2.5 / 3) / 2)
+    assert against[BY_ERRORS]["worse_with_every_seed"]
+    assert set(once_better[BY_GRADIENT]["against"]) == {BY_ERRORS}
+    always = summary(runs(gradient=(1.0, 3.0), other=(1.5, 3.5)))["other"]
+    assert always["against"][BY_GRADIENT]["worse_with_every_seed"]  # though the ranges overlap
+    assert set(always["against"]) == {BY_GRADIENT}  # the other was not run
     assert (always["min"], always["max"], always["mean"]) == (1.5, 3.5, 2.5)
+
+
+def test_a_record_goes_on_only_under_the_same_settings(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    assert recorded(path, SMOKE) == {}
+    data = {
+        "scale": dataclasses.asdict(SMOKE),
+        "budgets": {"0.6": {"summary": {"old": 1}, "runs": [{"variant": "x", "seed": 0}]}},
+    }
+    path.write_text(json.dumps(data))
+    assert recorded(path, SMOKE) == {"0.6": {"runs": [{"variant": "x", "seed": 0}]}}
+    assert recorded(path, Scale()) == {}

@@ -13,6 +13,8 @@ import diffcr_compile as dcr
 from benchmarks.held_out_error import (
     BY_ERRORS,
     BY_GRADIENT,
+    MERGED,
+    RESULTS,
     SMOKE,
     Scale,
     error,
@@ -81,3 +83,17 @@ def test_a_record_goes_on_only_under_the_same_settings(tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     assert recorded(path, SMOKE) == {"0.6": {"runs": [{"variant": "x", "seed": 0}]}}
     assert recorded(path, Scale()) == {}
+
+
+@pytest.mark.parametrize("budget", ["0.6", "0.42"])
+def test_with_measured_errors_ours_is_better_than_every_control_by_more_than_the_spread(
+    budget: str,
+) -> None:
+    """Of the committed record, three seeds."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["budgets"][budget]
+    assert len(found["runs"]) == 3 * len(found["summary"])
+    assert found["summary"] == summary(found["runs"])
+    ours = found["summary"][BY_ERRORS]["max"]
+    controls = set(found["summary"]) - {BY_ERRORS, BY_GRADIENT}
+    assert {MERGED, "blocks dropped", "random router", "two bins"} < controls
+    assert all(found["summary"][name]["min"] > ours for name in controls)

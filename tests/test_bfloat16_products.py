@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
+from diffcr_compile.commands.outcome import print_report
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.engine_plan import plan_engines
 from diffcr_compile.errors import AccuracyError, EnvironmentMissingError, UnsupportedModelError
@@ -258,7 +259,9 @@ def test_tensorrt_rtx_builds_static_graphs_and_open_lengths(
 # ------------------------------------------------------------------------------------- pipeline
 
 
-def test_a_compilation_says_what_it_could_not_measure(tmp_path: Path) -> None:
+def test_a_compilation_says_what_it_could_not_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, inputs = models.plain()
     config = CompileConfig.model_validate(
         {
@@ -286,6 +289,11 @@ def test_a_compilation_says_what_it_could_not_measure(tmp_path: Path) -> None:
     assert (report["drift"], report["quality"]) == (None, None)
     assert any("no bfloat16 kernels" in warning for warning in report["warnings"])
     assert all(check["name"] != "speed-up of the sampling loop" for check in report["checks"])
+    (parity,) = [c for c in report["checks"] if c["name"] == "parity of every step"]
+    # of half precision a relative error is judged; the largest difference of a swapped token says nothing
+    assert parity["found"].startswith("relative L2")
+    print_report(report, tmp_path / "out", 1.0)
+    assert "warning: Speed, drift and quality were not measured" in capsys.readouterr().err
     page = (tmp_path / "out/report/report.html").read_text(encoding="utf-8")
     assert "not measured" in page
     assert "no bfloat16 kernels" in page

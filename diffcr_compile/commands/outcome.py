@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from diffcr_compile.commands.terminal import console, say
+from diffcr_compile.commands.terminal import console, note, say
 from diffcr_compile.data_files import read_json
 from diffcr_compile.errors import ArtifactError, UsageError
 
@@ -33,6 +33,8 @@ def print_report(report: Mapping[str, Any] | None, out: Path, seconds: float) ->
             "",
         )
     console.print(table)
+    for warning in report["warnings"]:
+        note(f"warning: {warning}")
     spent = ", ".join(
         f"{s} {report['seconds'][s]:.0f} s" for s in SHOWN_STAGES if s in report["seconds"]
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import diffcr_compile as dcr
 from benchmarks.quality import merging
@@ -94,13 +95,17 @@ def error(graphs: tuple[DiTGraph, ...], unseen: TeacherStates) -> float:
     """Squared error of the frozen graphs over the squared size of the dense model's answers."""
     schedule = graphs[0].program.schedule
     assert schedule is not None
-    off = size = 0.0
+    found = torch.empty_like(unseen.target)
     for bucket, rows in enumerate(unseen.by_bucket(schedule.buckets)):
         inputs = {name: tensor[rows] for name, tensor in unseen.inputs.items()}
-        found = run_flat(graphs[bucket].program, inputs)[0]
-        off += (found - unseen.target[rows]).square().sum().item()
-        size += unseen.target[rows].square().sum().item()
-    return off / size
+        found[rows] = run_flat(graphs[bucket].program, inputs)[0]
+    return share_of_square(found, unseen.target)
+
+
+def share_of_square(found: Tensor, target: Tensor) -> float:
+    """Squared error over the squared size of the target."""
+    off, size = ((found - target).double().square().sum(), target.double().square().sum())
+    return float(off / size)
 
 
 def calibrated(
@@ -135,16 +140,14 @@ def merged(budget: float, seed: int, unseen: TeacherStates) -> dict[str, Any]:
     program = dcr.route(demo.load_reference_dit(), demo.example_inputs()).program
     left, share = merging.kept_for(program, budget)
     model = merging.merging_dit(demo.load_reference_dit(), left, seed)
-    off = size = 0.0
-    for row in range(len(unseen.target)):
+    found = torch.empty_like(unseen.target)
+    for row in range(len(found)):
         inputs = {name: tensor[row : row + 1] for name, tensor in unseen.inputs.items()}
-        found = model(**inputs).sample
-        off += (found - unseen.target[row]).square().sum().item()
-        size += unseen.target[row].square().sum().item()
+        found[row] = model(**inputs).sample[0]
     return {
         "variant": MERGED,
         "seed": seed,
-        "error": off / size,
+        "error": share_of_square(found, unseen.target),
         "macs_share": share,
         "cpu_seconds": round(time.process_time() - start, 1),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Checks:
         inputs, golden = read_golden(self.folder / golden_path(bucket))
         found = self._outputs(graph, inputs)
         if self.half is not None:
-            return self._half_bucket(graph, bucket, found)
+            return self._half_bucket(graph, bucket, inputs, golden, found)
         return _passed(compare(STEP, found, golden, self.tolerance, bucket), graph)
 
     def runnable(self, graph: str) -> Path:
@@ -110,11 +110,17 @@ class Checks:
         )
         return [_passed(found, graph) for found in rows]
 
-    def _half_bucket(self, graph: str, bucket: int, found: list[Array]) -> Parity:
+    def _half_bucket(
+        self,
+        graph: str,
+        bucket: int,
+        inputs: Mapping[str, Array],
+        golden: Sequence[Array],
+        found: list[Array],
+    ) -> Parity:
         """A half-precision graph, of which `found` are the outputs: strictly where nothing is rounded, then with rounding."""
         assert self.half is not None
         assert self.settings is not None
-        inputs, golden = read_golden(self.folder / golden_path(bucket))
         runs_as_it_is = self.runnable(graph) == self.folder / graph
         found_wide = found
         if runs_as_it_is:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import diffcr_compile as dcr
 from diffcr_compile.commands.outcome import print_report
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.engine_plan import plan_engines
 from diffcr_compile.errors import AccuracyError, EnvironmentMissingError, UnsupportedModelError
 from diffcr_compile.export.bisect import bisect_onnx
 from diffcr_compile.export.block_values import BLOCK_VALUES
@@ -32,7 +31,6 @@ from diffcr_compile.export.half_run import HalfRun, WideRun
 from diffcr_compile.export.lint import lint
 from diffcr_compile.export.onnx_model import check_standard
 from diffcr_compile.export.precision import TOLERANCES, HalfSettings, half_graphs, step_of
-from diffcr_compile.export.rtx_build import build_rtx
 from diffcr_compile.export.widened import widen
 from diffcr_compile.manifest import Manifest, hash_files, read_manifest, write_manifest
 from diffcr_compile.planning.targets import all_targets
@@ -41,8 +39,9 @@ from diffcr_compile.runtime import load
 from diffcr_compile.validate import validate_artifact
 from tests import models
 from tests.conftest import Case
+from tests.test_int8 import assert_builds
 from tests.test_open_kept_tokens import ROWS, frozen_programs
-from tests.test_precision import kinds, overflowing
+from tests.test_precision import kinds, overflowing, states_of, typed
 
 aten = torch.ops.aten
 
@@ -130,8 +129,7 @@ def exported(
     frozen: list[Program], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Manifest, Path]:
     folder = tmp_path_factory.mktemp("bf16") / "out"
-    states = [{**frozen[0].example, "t": torch.full((2,), t)} for t in (0.1, 0.5, 0.9)]
-    dcr.export([p.module for p in frozen], folder, precision="bf16", states=states)
+    dcr.export([p.module for p in frozen], folder, precision="bf16", states=states_of(frozen))
     return read_manifest(folder), folder
 
 
@@ -155,11 +153,7 @@ def test_the_manifest_says_how_far_bfloat16_is(exported: tuple[Manifest, Path]) 
 def test_types_stand_in_the_onnx_files(exported: tuple[Manifest, Path]) -> None:
     for path in sorted((exported[1] / "onnx").glob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
-        graph = model.graph
-        values = (*graph.value_info, *graph.input, *graph.output)
-        types = {v.name: v.type.tensor_type.elem_type for v in values}
-        types |= {t.name: t.data_type for t in graph.initializer}
+        graph, types = typed(path)
         assert {types[v.name] for v in (*graph.input, *graph.output)} == {TensorProto.FLOAT}
         assert TensorProto.FLOAT16 not in types.values()
         products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm")]
@@ -249,11 +243,7 @@ def test_every_target_with_bfloat16_takes_the_graphs_and_onnxruntime_s_cpu_does_
 def test_tensorrt_rtx_builds_static_graphs_and_open_lengths(
     exported: tuple[Manifest, Path], capability: str
 ) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    manifest, folder = exported
-    assert build_rtx(folder / manifest.buckets[0]["onnx"], capability).data
-    (engine,) = plan_engines(manifest, "profiles", "spanning").engines
-    assert build_rtx(folder / engine.onnx, capability, engine.bounds()).data
+    assert_builds(*exported, capability)
 
 
 # ------------------------------------------------------------------------------------- pipeline

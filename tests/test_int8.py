@@ -14,6 +14,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 import diffcr_compile as dcr
+from diffcr_compile.engine_plan import plan_engines
 from diffcr_compile.errors import AccuracyError, EnvironmentMissingError
 from diffcr_compile.export import int8_ranges
 from diffcr_compile.export.half import compute_in_half
@@ -35,6 +36,7 @@ from diffcr_compile.program import Program
 from diffcr_compile.validate import validate_artifact
 from tests.conftest import Case
 from tests.test_open_kept_tokens import ROWS, frozen_programs
+from tests.test_precision import states_of
 
 aten = torch.ops.aten
 MODELOPTS = int8_ranges._calibrator
@@ -66,10 +68,6 @@ def ranges() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def frozen(cases: Callable[..., Case]) -> list[Program]:
     return frozen_programs(cases("plain"), ROWS)
-
-
-def states_of(frozen: list[Program]) -> list[dict[str, Tensor]]:
-    return [{**frozen[0].example, "t": torch.full((2,), t)} for t in (0.1, 0.5, 0.9)]
 
 
 # ------------------------------------------------------------------------------ which layers
@@ -215,11 +213,13 @@ def test_no_target_refuses_int8_graphs(exported: tuple[Manifest, Path]) -> None:
 def test_tensorrt_rtx_builds_int8_graphs_with_static_and_with_open_lengths(
     exported: tuple[Manifest, Path], capability: str
 ) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    manifest, folder = exported
-    assert build_rtx(folder / manifest.buckets[0]["onnx"], capability).data
-    from diffcr_compile.engine_plan import plan_engines
+    assert_builds(*exported, capability)
 
+
+def assert_builds(manifest: Manifest, folder: Path, capability: str) -> None:
+    """A static graph, and the one whose lengths are open over all buckets."""
+    pytest.importorskip("tensorrt_rtx")
+    assert build_rtx(folder / manifest.buckets[0]["onnx"], capability).data
     (engine,) = plan_engines(manifest, "profiles", "spanning").engines
     assert build_rtx(folder / engine.onnx, capability, engine.bounds()).data
 

@@ -49,6 +49,20 @@ def frozen(cases: Callable[..., Case]) -> list[Program]:
     return frozen_programs(cases("plain"), ROWS)
 
 
+def states_of(frozen: list[Program]) -> list[dict[str, Tensor]]:
+    """A state in each timestep bucket."""
+    return [{**frozen[0].example, "t": torch.full((2,), t)} for t in (0.1, 0.5, 0.9)]
+
+
+def typed(path: Path) -> tuple[onnx.GraphProto, dict[str, int]]:
+    """The graph of a file, and the type of every value and constant in it."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+    graph = model.graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {v.name: v.type.tensor_type.elem_type for v in values}
+    return graph, types | {t.name: t.data_type for t in graph.initializer}
+
+
 @pytest.fixture(scope="module")
 def half(frozen: list[Program]) -> Any:
     return compute_in_half(exported_program(frozen[0]), frozen[0])
@@ -202,8 +216,7 @@ def exported(
     frozen: list[Program], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Manifest, Path]:
     folder = tmp_path_factory.mktemp("half") / "out"
-    states = [{**frozen[0].example, "t": torch.full((2,), t)} for t in (0.1, 0.5, 0.9)]
-    dcr.export([p.module for p in frozen], folder, precision="fp16", states=states)
+    dcr.export([p.module for p in frozen], folder, precision="fp16", states=states_of(frozen))
     return read_manifest(folder), folder
 
 
@@ -232,11 +245,7 @@ def test_types_stand_in_the_onnx_files_and_inputs_stay_as_they_were(
 ) -> None:
     for path in sorted((exported[1] / "onnx").glob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
-        graph = model.graph
-        values = (*graph.value_info, *graph.input, *graph.output)
-        types = {v.name: v.type.tensor_type.elem_type for v in values}
-        types |= {t.name: t.data_type for t in graph.initializer}
+        graph, types = typed(path)
         scores = {n.input[0] for n in graph.node if n.op_type == "TopK"}
         assert {types[name] for name in scores} == {TensorProto.FLOAT}
         assert {types[v.name] for v in (*graph.input, *graph.output)} == {TensorProto.FLOAT}

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+import torch
 from onnx import ModelProto, TensorProto
 
 from diffcr_compile.durable import atomic_write_bytes, disk_error, published
@@ -27,8 +28,8 @@ LARGE_BYTES = 1 << 20
 PAGE, LINE = 4096, 64
 # Bytes that are read at once to compare a tensor with one that was written.
 COMPARED = 1 << 20
-# Rows and columns of a matrix that is copied the other way round a tile at a time.
-TILE = 128
+# Types of integers by their bytes: what a value is does not matter where it is copied.
+_AS_INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 class WeightsWriter:
@@ -47,6 +48,9 @@ class WeightsWriter:
         self._places: dict[bytes, list[tuple[int, int]]] = {}  # by what `_sample` takes
         self._end = 0
         self._file: IO[bytes] | None = None
+        self._turned = np.empty(
+            0, np.uint8
+        )  # one matrix at a time; fresh memory takes longer than the copy
 
     def __enter__(self) -> WeightsWriter:
         self._file = self._published.__enter__().open("w+b")
@@ -79,7 +83,7 @@ class WeightsWriter:
                 continue
             if tensor.nbytes < INLINE_BYTES:
                 continue
-            offset, length = self._place(_memory_of(tensor))
+            offset, length = self._place(self._memory_of(tensor))
             value.const_value = ir.ExternalTensor(
                 self.path.name,
                 offset,
@@ -103,6 +107,22 @@ class WeightsWriter:
             data = _raw_bytes(tensor)
             if len(data) >= INLINE_BYTES:
                 _refer(tensor, self.path.name, *self._place(data))
+
+    def _memory_of(self, tensor: ir.TensorProtocol) -> Buffer:
+        """Where a tensor's values lie one after the other, until the next call; a copy where they do not."""
+        values = tensor.numpy()
+        if values.ndim == 2 and values.flags.f_contiguous and not values.flags.c_contiguous:
+            values = self._turn(values)
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+    def _turn(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """A transposed matrix in C order. torch copies it block by block, several times faster than numpy."""
+        if self._turned.nbytes < values.nbytes:
+            self._turned = np.empty(values.nbytes, np.uint8)
+        kind = _AS_INTEGERS[values.itemsize]
+        turned = self._turned[: values.nbytes].view(kind).reshape(values.shape)
+        torch.from_numpy(turned).copy_(torch.from_numpy(values.view(kind)))
+        return turned
 
     def _place(self, data: Buffer) -> tuple[int, int]:
         """(offset, length) of `data` in the file; written if it is new."""
@@ -162,24 +182,6 @@ def place_of(tensor: TensorProto) -> tuple[str, int, int]:
     """File, offset and length of a tensor that lies in a file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0))
-
-
-def _memory_of(tensor: ir.TensorProtocol) -> Buffer:
-    """Where a tensor's values lie, without a copy where they lie one after the other."""
-    values = _one_after_the_other(tensor.numpy())
-    return values.reshape(-1).view(np.uint8).data
-
-
-def _one_after_the_other(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """The same values in C order; a transposed matrix by tiles, which takes a third of the time."""
-    if values.ndim != 2 or not values.flags.f_contiguous:
-        return np.ascontiguousarray(values)
-    found = np.empty(values.shape, values.dtype)
-    for row in range(0, values.shape[0], TILE):
-        for column in range(0, values.shape[1], TILE):
-            tile = np.s_[row : row + TILE, column : column + TILE]
-            found[tile] = values[tile]
-    return found
 
 
 def _sample(data: Buffer) -> bytes:

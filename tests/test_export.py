@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,7 +49,6 @@ from diffcr_compile.export.weights import (
     LINE,
     PAGE,
     WeightsWriter,
-    _one_after_the_other,
     _sample,
     write_shared_weights,
 )
@@ -471,15 +471,29 @@ def test_weights_that_differ_in_one_byte_are_told_apart(tmp_path: Path) -> None:
     assert (tmp_path / "weights.bin").stat().st_size < 2 * one.nbytes + PAGE
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (300, 513), (1, 400), (3, 5, 7)])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_weights_are_copied_into_rows(
-    shape: tuple[int, ...], order: Literal["C", "F"]
-) -> None:
-    values = np.arange(math.prod(shape), dtype=np.float64).reshape(shape, order=order)
-    found = _one_after_the_other(values)
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, values)
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_weights_are_written_in_rows_however_they_lie(tmp_path: Path, kind: type) -> None:
+    """One after the other through the same scratch memory: large, small, large again."""
+    shapes = [(300, 513), (7, 90), (513, 300), (1, 400), (3, 5, 70), (600,)]
+    values = {
+        f"{order}{n}": ((np.arange(math.prod(shape)) + 7 * n) % 2000)
+        .astype(kind)
+        .reshape(shape, order=order)
+        for n, shape in enumerate(shapes)
+        for order in ("C", "F")
+    }
+    graph = ir.Graph((), (), nodes=[], name="weights", opset_imports={"": 20})
+    for name, array in values.items():
+        held = ir.Tensor(array, name=name)
+        graph.register_initializer(ir.Value(name=name, const_value=held))
+    with WeightsWriter(tmp_path / "weights.bin") as writer:
+        writer.take(ir.Model(graph, ir_version=10))
+    written = (tmp_path / "weights.bin").read_bytes()
+    for name, array in values.items():
+        held = graph.initializers[name].const_value
+        assert isinstance(held, ir.ExternalTensor)
+        found = np.frombuffer(written, kind, array.size, held.offset)
+        np.testing.assert_array_equal(found.reshape(array.shape), array)
 
 
 def test_a_failed_write_leaves_no_weights(tmp_path: Path) -> None:

@@ -214,6 +214,16 @@ def peers(record: Record) -> list[str]:
     return lines[:-1]
 
 
+def _as_a_user(record: Record) -> list[list[str]]:
+    """Time that passes with all cores: torch's exporter runs on one, the runs of the model on all."""
+    found = record["summary"].get("large_all_cores")
+    if not found:
+        return []
+    threads = record["cases"]["large_all_cores"][0]["threads"]
+    name = f"time of the export with all checks, of one plain export, {threads} cores"
+    return [[name, "≤ 1.5 ×", f"{found['export_over_plain_elapsed']:.2f} ×"]]
+
+
 def export_cost(record: Record) -> list[str]:
     """Export: time and memory."""
     found, lines = record["summary"], ["## Export", ""]
@@ -230,7 +240,8 @@ def export_cost(record: Record) -> list[str]:
             ["peak memory of the export, of the weights", "≤ 1.6 ×", f"{large['peak_over_weights']['export']:.2f} ×"],
             ["peak memory of capture and routing", "", f"{large['peak_over_weights']['capture_and_route']:.2f} ×"],
             ["peak memory of one plain export", "", f"{large['plain_peak_over_weights']:.2f} ×"],
-            ["time of the export with all checks, of one plain export", "≤ 1.5 ×", f"{large['export_over_plain']:.2f} ×"],
+            *_as_a_user(record),
+            ["the same in processor time, with one thread", "", f"{large['export_over_plain']:.2f} ×"],
             ["of it the graphs", "", f"{large['graphs_over_plain']:.2f} ×"],
             ["of it 4 runs in torch, the golden outputs", "", f"{large['golden_over_plain']:.2f} ×"],
             ["of it 8 runs in ONNX Runtime, the checks", "", f"{large['checks_over_plain']:.2f} ×"],

@@ -128,17 +128,18 @@ class CalibrationConfig(_Section):
         description="where keep ratios come from: gradients, while the budget falls; a table of "
         "measured errors, solved before the first step; or one for all (Mixture-of-Depths)",
     )
-    resolves: int = Field(
-        default=0,
+    resolves: int | None = Field(
+        default=None,
         ge=0,
         le=8,
         description="how often the schedule is solved again over errors measured on the model as trained "
-        "by then, the last time before the steps that settle it; not with `ratios: uniform`",
+        "by then, the last time before the steps that settle it; null: once with `ratios: errors`, else "
+        "never; not with `ratios: uniform`",
     )
     ratios_per: Literal["block_and_bucket", "block", "bucket"] = Field(
         default="block_and_bucket",
         description="what has a keep ratio of its own: every block in every timestep bucket (the paper's "
-        "-LT), every block (-L), or every timestep bucket (-T)",
+        "-LT), every block (-L), or every timestep bucket (-T); the last two with `ratios: gradient`",
     )
     estimator: Literal["boundary", "two_bin"] = Field(
         default="boundary",
@@ -181,6 +182,16 @@ class CalibrationConfig(_Section):
     )
     seed: int = Field(default=0, ge=0)
     save_every: int = Field(default=20, ge=1, description="steps between resumable states")
+
+    @model_validator(mode="after")
+    def _only_gradients_are_tied(self) -> CalibrationConfig:
+        learned = self.ratios == "gradient" and self.steps > 0
+        if self.ratios_per != "block_and_bucket" and not learned:
+            raise ValueError(
+                f"ratios_per: {self.ratios_per} is for keep ratios that are learned; set ratios: gradient and "
+                "steps above 0, or leave ratios_per out"
+            )
+        return self
 
 
 class BudgetConfig(_Section):

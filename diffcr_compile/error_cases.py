@@ -187,7 +187,7 @@ _ROWS = (
      "Install the versions that the manifest names, then validate again; report it if that does not help."),
     ("DCR-Q002", "an engine does not give the golden outputs", "TensorRT computes something else than the graphs do; wrong results of some versions are known.",
      "Build in the other mode (--mode per_bucket), or with a newer JetPack; diffcr validate --level engine --bisect names the block."),
-    ("DCR-Q010", "the calibration diverged", "A loss or a gradient became NaN or infinite. The state before that step is saved where the message says.",
+    ("DCR-Q010", "the calibration diverged", "A loss, a gradient or a measured error became NaN or infinite. The state before that step is saved where the message says.",
      "Lower the learning rates or set calibration.precision to fp32; with other settings the calibration starts anew."),
     ("DCR-Q011", "adapters cannot be merged", "A block reads the weight of a Linear layer instead of calling the layer, so that an adapter around the layer and one merged into it differ.",
      "Set calibration.train to all or router."),

@@ -325,6 +325,10 @@ def learn(
         if progress:
             progress("calibrate", int(record["step"]), steps, record)
 
+    def measured(done: int, count: int) -> None:
+        if progress:
+            progress("measure", done, count, {})
+
     return run_calibration(
         program,
         states,
@@ -335,5 +339,6 @@ def learn(
         folder=folder,
         key=key,
         report=step,
+        measuring=measured,
         ranks=ranks,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -243,6 +244,15 @@ def test_tied_ratios_stay_equal_and_the_others_do_not(
     spreads = [np.ptp(ratios, axis=other).max() for other in (0, 1)]
     assert [spread > 1e-6 for spread in spreads] == [axis != 0, axis != 1]
     assert 0.6 * 0.98 <= result.schedule.reached <= 0.6
+
+
+@pytest.mark.parametrize(
+    "options", [{"ratios": "errors"}, {"ratios": "uniform"}, {"steps": 0}]
+)
+def test_only_ratios_that_are_learned_can_be_tied(options: dict) -> None:
+    """Anything else would say one thing in the settings and do another."""
+    with pytest.raises(UsageError, match="set ratios: gradient and steps above 0"):
+        make_config({"calibration": {**FAST, **options, "ratios_per": "block"}})
 
 
 def test_gradient_of_a_ratio_is_the_slope_of_the_loss(states: TeacherStates) -> None:
@@ -508,6 +518,38 @@ def test_errors_are_what_a_model_with_fewer_tokens_makes(cases, states: TeacherS
         assert np.all(errors[name][:, 0] > 1e-6)
 
 
+def test_what_comes_before_a_block_runs_once_for_all_of_its_levels(
+    cases, states: TeacherStates
+) -> None:
+    case = cases("dit")
+    costs = measure_costs(
+        case.routed, 16, 0.25, skip_blocks=True
+    )  # four levels and all tokens
+    calls: collections.Counter[str] = collections.Counter()
+    handles = [
+        case.routed.module.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: calls.update([name])
+        )
+        for name in case.names
+    ]
+    reported: list[tuple[int, int]] = []
+    with keeping(case, {}):
+        measure_errors(
+            case.routed,
+            states,
+            [torch.arange(2)],
+            costs,
+            progress=lambda *now: reported.append(now),
+        )
+    for handle in handles:
+        handle.remove()
+    runs = 1 + 4 * len(case.names)
+    assert reported == [(done, runs) for done in range(1, runs + 1)]
+    for place, name in enumerate(case.names):
+        on_the_way = place < len(case.names) - 1
+        assert calls[name] == 1 + 4 * (place + 1) + on_the_way
+
+
 def test_errors_around_a_schedule_leave_the_other_blocks_at_it(
     cases, states: TeacherStates
 ) -> None:
@@ -538,9 +580,9 @@ def test_the_schedule_is_solved_again_over_the_errors_of_the_trained_model(
     asked: list[tuple[int, TokenSchedule | None]] = []
     run: list[int] = []
 
-    def watched(program, states, chosen, costs, around=None):
+    def watched(program, states, chosen, costs, around, progress):
         asked.append((len(run), around))
-        return measure_errors(program, states, chosen, costs, around)
+        return measure_errors(program, states, chosen, costs, around, progress)
 
     monkeypatch.setattr("diffcr_compile.calibrate.ratio_search.measure_errors", watched)
     program = fresh()

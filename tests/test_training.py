@@ -42,7 +42,7 @@ from diffcr_compile.stages import teacher_states
 from tests.conftest import Case
 
 BUCKETS = TimestepBuckets.even(2, 0.0, 1.0)
-FAST = {"steps": 8, "batch": 4, "save_every": 4, "settle": 0.5}
+FAST = {"steps": 8, "batch": 4, "save_every": 4, "settle": 0.5, "ratios": "gradient"}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,20 @@ def test_timesteps_outside_of_the_buckets_are_refused(
         calibrated(program, dataclasses.replace(states, timesteps=timesteps))
     assert caught.value.code == "DCR-U073"
     assert "routing.timestep_low" in str(caught.value)
+
+
+def test_an_infinite_error_stops_before_the_first_step_and_says_where(
+    program: Program, states: TeacherStates, tmp_path: Path
+) -> None:
+    target = states.target.clone()
+    target[states.timesteps > 0.5] = 1e30
+    with pytest.raises(
+        AccuracyError, match=r"bucket 1: .*which says what blocks cost, is inf"
+    ) as caught:
+        calibrated(
+            program, dataclasses.replace(states, target=target), tmp_path, ratios="errors"
+        )
+    assert caught.value.code == "DCR-Q010"
 
 
 def test_an_infinite_loss_stops_with_the_step_and_the_state_before_it(

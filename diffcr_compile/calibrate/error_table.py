@@ -9,15 +9,22 @@ this table finds it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
-from diffcr_compile.program import Program, run_flat, selector_name
+from diffcr_compile.calibrate.shared_prefix import SharedPrefix
+from diffcr_compile.errors import AccuracyError
+from diffcr_compile.program import Program, selector_name
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import CostTable, Floats, TokenSchedule
+
+Progress = Callable[[int, int], None]
 
 # Where the error is measured, in keep ratio; between these it is interpolated.
 PROBES = (0.0, 0.25, 0.5, 0.75)
@@ -30,6 +37,7 @@ def measure_errors(
     chosen: list[Tensor],
     costs: CostTable,
     around: TokenSchedule | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Floats]:
     """Mean squared error of the output for every block, timestep bucket and level.
 
@@ -39,6 +47,11 @@ def measure_errors(
         chosen: per timestep bucket, the indices of the states to use.
         costs: the levels of each block.
         around: what all other blocks keep; None for all tokens.
+        progress: called with (forwards done, forwards); there are several per block and bucket. What comes before a
+            block runs once, so a forward is half a one in the mean.
+
+    Raises:
+        AccuracyError: an output is NaN or infinite, or too far off for a square.
 
     Returns:
         Block -> (buckets, levels). Without `around`, and with the `straight_through` gate and untrained
@@ -47,27 +60,50 @@ def measure_errors(
     batched = batched_inputs(program)
     inputs = [states.take(rows, batched) for rows in chosen]
     selectors = {spec.name: _selector(program, spec.name) for spec in program.blocks}
+    runs = SharedPrefix(program)
+    places = {node.target: node for node in program.graph.find_nodes(op="call_module")}
+    columns = [
+        {
+            name: around.kept_tokens[name][bucket] if around else selector.num_tokens
+            for name, selector in selectors.items()
+        }
+        for bucket in range(len(chosen))
+    ]
+    others = [
+        {name: _measured(costs.levels[name]) - {kept} for name, kept in column.items()}
+        for column in columns
+    ]
+    done, count = 0, sum(1 + sum(map(len, levels.values())) for levels in others)
 
     def error(bucket: int) -> float:
-        batch, answer = inputs[bucket]
-        return mse_loss(run_flat(program, batch)[0].float(), answer.float()).item()
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, count)
+        found = mse_loss(runs.rest()[0].float(), inputs[bucket][1].float()).item()
+        if not math.isfinite(found):
+            raise AccuracyError(
+                f"timestep bucket {bucket}: the error of the model's output, which says what blocks cost, is {found}. "
+                "Look for NaN, infinite or very large values in the model's weights, its inputs and the targets of the "
+                "calibration data.",
+                code="DCR-Q010",
+            )
+        return found
 
     was_training = program.module.training
     program.module.eval()
     errors = {name: np.zeros((len(chosen), len(costs.levels[name]))) for name in selectors}
     try:
-        for bucket in range(len(inputs)):
-            column = {
-                name: around.kept_tokens[name][bucket] if around else selector.num_tokens
-                for name, selector in selectors.items()
-            }
+        for bucket, column in enumerate(columns):
             for name, kept in column.items():
                 selectors[name].keep(kept)
+            runs.begin(inputs[bucket][0][name] for name in program.signature.inputs)
             present = error(bucket)
-            for name, selector in selectors.items():
+            for name, selector in selectors.items():  # in running order
+                runs.go_to(places[selector_name(name)])
                 levels = costs.levels[name]
                 found = {column[name]: present}
-                for kept in {*_probes(levels), levels[-1]} - {column[name]}:
+                for kept in others[bucket][name]:
                     selector.keep(kept)
                     found[kept] = error(bucket)
                 selector.keep(column[name])
@@ -101,9 +137,11 @@ def _half(levels: tuple[int, ...]) -> int:
     return min(range(len(levels)), key=lambda i: abs(levels[i] - levels[-1] / 2))
 
 
-def _probes(levels: tuple[int, ...]) -> list[int]:
-    """The levels nearest to the probed keep ratios, without the one that keeps all."""
+def _measured(levels: tuple[int, ...]) -> set[int]:
+    """All tokens, and the levels nearest to the probed keep ratios."""
     below = np.array(levels[:-1])
-    if below.size == 0:
-        return []
-    return sorted({int(below[np.abs(below - p * levels[-1]).argmin()]) for p in PROBES})
+    probes = PROBES if below.size else ()
+    return {
+        levels[-1],
+        *(int(below[np.abs(below - p * levels[-1]).argmin()]) for p in probes),
+    }

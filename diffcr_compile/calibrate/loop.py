@@ -1,4 +1,4 @@
-"""The calibration fine-tune: learn ratios while the budget falls, solve, settle at the schedule.
+"""The calibration fine-tune: find a schedule under the budget, and train the model at it.
 
 With ``ratios: gradient`` (the default):
 
@@ -7,8 +7,11 @@ With ``ratios: gradient`` (the default):
 2. *Solve*: the real ratios become integers, exactly under the budget.
 3. *Settle*: train on at that schedule, in the very graph that will be exported.
 
-With ``ratios: errors`` the schedule is solved before the first step, over a table of measured errors;
-the model is led there from all tokens kept, and most steps train at it.
+With ``ratios: errors``:
+
+1. *Measure* what each block costs in accuracy at a few levels, and *solve* for the best schedule under the budget.
+2. *Lead* the model there from all tokens kept, while the budget ramps down, and train on.
+3. Measure and solve *again* on the model as trained by then, before the last steps *settle* it at the schedule.
 
 Each step takes states of one timestep bucket only, so K is one number per block and no sample is
 treated on its own; the buckets take turns. All randomness comes from (seed, step), so a run that
@@ -32,6 +35,7 @@ from diffcr_compile.calibrate.check_states import check_states
 from diffcr_compile.calibrate.checkpointing import recomputed_blocks
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.error_table import Progress
 from diffcr_compile.calibrate.lora import low_rank
 from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.ratio_search import RatioSearch
@@ -93,6 +97,7 @@ def run_calibration(
     folder: Path | None = None,
     key: str = "",
     report: Report | None = None,
+    measuring: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> CalibrationResult:
     """Learn keep ratios, routers and, if asked, all weights of a ROUTED program, in place.
@@ -109,6 +114,7 @@ def run_calibration(
         folder: where the resumable state and history.jsonl are kept; None for none.
         key: fingerprint of everything that the result depends on.
         report: called after each step with the step's record and the number of steps.
+        measuring: called while errors are measured, with forwards done and forwards.
         ranks: who shares the work. All get the same result; rank 0 writes to `folder`.
 
     Raises:
@@ -136,7 +142,7 @@ def run_calibration(
             per=config.ratios_per,
         )
         search = RatioSearch(learner, config, budget)
-        run = Run(program, dense, states, by_bucket, config, search, ranks)
+        run = Run(program, dense, states, by_bucket, config, search, ranks, measuring)
         with nothing_else_learns(program.module, run.trained.parameters.values()):
             run.begin(folder, key)
             less_memory = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcr_compile.calibrate.data import TeacherStates
-from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
+from diffcr_compile.calibrate.error_table import Progress, measure_errors, relative_errors
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.program import Program
@@ -48,6 +48,8 @@ class RatioSearch:
     def solves_again(self, step: int) -> bool:
         """Whether the schedule is to be solved anew, over measured errors, before this step."""
         times, last = self.config.resolves, self.learn_steps
+        if times is None:
+            times = int(self.from_errors)
         if self.config.ratios == "uniform" or self.schedule is None:
             return False
         return step > 0 and step in {round(last * (i + 1) / times) for i in range(times)}
@@ -93,7 +95,11 @@ class RatioSearch:
         )
 
     def solve_by_errors(
-        self, program: Program, states: TeacherStates, chosen: list[Tensor]
+        self,
+        program: Program,
+        states: TeacherStates,
+        chosen: list[Tensor],
+        progress: Progress | None = None,
     ) -> None:
         """Measure what fewer tokens cost in accuracy, and take the best schedule for the budget.
 
@@ -104,9 +110,10 @@ class RatioSearch:
             program: ROUTED, routers warm-started.
             states: where inputs and the dense model's outputs are taken from.
             chosen: per timestep bucket, the indices of the states to use.
+            progress: called with (errors measured, errors to measure).
         """
         costs = self.learner.costs
-        errors = measure_errors(program, states, chosen, costs, self.schedule)
+        errors = measure_errors(program, states, chosen, costs, self.schedule, progress)
         if self.schedule is None:
             errors = relative_errors(errors, costs)
         self._settle(solve_least(errors, costs, self.learner.buckets, self.budget))

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from diffcr_compile.calibrate.block_outputs import BlockOutputs
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.error_table import Progress
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.state import load_state, save_state
 from diffcr_compile.calibrate.trained import REMEDY, TrainedParameters, router_parameters
@@ -38,10 +39,12 @@ class Run:
         config: CalibrationConfig,
         search: RatioSearch,
         ranks: Ranks,
+        measuring: Progress | None = None,
     ) -> None:
         self.states = states.where(program)
         self.program, self.by_bucket = program, by_bucket
         self.config, self.search, self.ranks = config, search, ranks
+        self.measuring = measuring
         self.block_outputs = BlockOutputs(program, dense) if dense else None
         self.settled = self.block_outputs.student if self.block_outputs else program
         # While ratios are learned, two_bin needs its second branch; at a fixed schedule nobody does.
@@ -79,7 +82,7 @@ class Run:
 
     def _solve_by_errors(self) -> None:
         few = self._some_states(self.config.batch)
-        self.search.solve_by_errors(self.program, self.states, few)
+        self.search.solve_by_errors(self.program, self.states, few, self.measuring)
         # Errors measured on different devices differ in the last digits; a schedule must not.
         self.search.restore(*self.ranks.from_leader(*self.search.state()))
 

@@ -1,0 +1,54 @@
+"""Many runs of one graph that differ from some block on: what comes before that block runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx
+
+from diffcr_compile.program import Program, flat_tensors
+
+
+class SharedPrefix(fx.Interpreter):
+    """Goes through a graph once, and runs what is left of it as often as it is asked to.
+
+    It holds those values only that something ahead still reads.
+
+    Args:
+        program: whose graph it is; its modules may change between two runs.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self._nodes = list(program.graph.nodes)
+        self._at = 0
+
+    def begin(self, inputs: Iterable[Tensor]) -> None:
+        """Stand behind the last input; `inputs` are in placeholder order."""
+        self.env, self.args_iter, self._at = {}, iter(inputs), 0
+        last = max(n for n, node in enumerate(self._nodes) if node.op == "placeholder")
+        self.go_to(self._nodes[last + 1])
+
+    def go_to(self, node: fx.Node) -> None:
+        """Run everything before `node`, which must not lie behind."""
+        while self._nodes[self._at] is not node:
+            self._step(self._nodes[self._at])
+            self._at += 1
+
+    def rest(self) -> list[Tensor]:
+        """The graph's output tensors, run from here; it stands here afterwards."""
+        held = self.env
+        self.env = dict(held)
+        try:
+            for node in self._nodes[self._at : -1]:
+                self._step(node)
+            return flat_tensors(self.run_node(self._nodes[-1]))
+        finally:
+            self.env = held
+
+    def _step(self, node: fx.Node) -> None:
+        value: Any = self.run_node(node)
+        self.env[node] = value
+        for read_no_more in self.user_to_last_uses.get(node, ()):
+            del self.env[read_no_more]

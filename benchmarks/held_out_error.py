@@ -35,13 +35,18 @@ from diffcr_compile.summary import environment
 RESULTS = Path(__file__).parent / "results/held_out_error.json"
 FROM_ERRORS = {"ratios": "errors", "resolves": 1}
 BY_GRADIENT, BY_ERRORS = "ours, ratios by gradient", "ours, ratios from measured errors"
-OURS = (BY_GRADIENT, BY_ERRORS)
+WITH_SKIPPING = "ours, measured errors, blocks may be skipped"
+OURS = (BY_ERRORS, WITH_SKIPPING, BY_GRADIENT)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    BY_GRADIENT: {},
-    BY_ERRORS: {"routing": {"skip_blocks": True}, "calibration": FROM_ERRORS},
-    "two bins": {"calibration": {"estimator": "two_bin"}},
+    BY_ERRORS: {"calibration": FROM_ERRORS},
+    WITH_SKIPPING: {"routing": {"skip_blocks": True}, "calibration": FROM_ERRORS},
+    BY_GRADIENT: {"calibration": {"ratios": "gradient"}},
+    "two bins": {"calibration": {"ratios": "gradient", "estimator": "two_bin"}},
     "uniform (Mixture-of-Depths)": {"calibration": {"ratios": "uniform"}},
-    "random router": {"routing": {"router": "random"}},
+    "random router": {
+        "routing": {"router": "random"},
+        "calibration": {"ratios": "gradient"},
+    },
     # all tokens or none, per timestep bucket, over measured errors
     "blocks dropped": {
         "routing": {"multiple_of": 256, "skip_blocks": True},

@@ -6,9 +6,11 @@
 
 Variants, all calibrated alike (same states, steps, learning rates, all weights trained):
 
-* ``learned``: routers and keep ratios learned (the demo);
-* ``random_router``: keep ratios learned, tokens chosen at random at every call;
-* ``uniform``: routers learned, one keep ratio for all blocks and buckets (Mixture-of-Depths).
+* ``learned``: routers and keep ratios learned by gradient (the demo);
+* ``errors``: keep ratios from measured errors, measured once more on the trained model;
+* ``errors_skipping``: the same, and blocks may be skipped in a timestep bucket;
+* ``uniform``: routers learned, one keep ratio for all blocks and buckets (Mixture-of-Depths);
+* ``random_router``: keep ratios learned, tokens chosen at random at every call.
 
 Every variant is sampled from the same noise and labels. Writes
 ``benchmarks/results/quality_reference.json``; finished (variant, seed) pairs are kept in the
@@ -38,8 +40,13 @@ from diffcr_compile.summary import environment
 RESULTS = Path(__file__).parent / "results/quality_reference.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},
-    "random_router": {"routing": {"router": "random"}},
+    "errors": {"calibration": {"ratios": "errors"}},
+    "errors_skipping": {
+        "routing": {"skip_blocks": True},
+        "calibration": {"ratios": "errors"},
+    },
     "uniform": {"calibration": {"ratios": "uniform"}},
+    "random_router": {"routing": {"router": "random"}},
 }
 
 
@@ -110,6 +117,7 @@ def run_variant(
         "reached": result.schedule.reached,
         **score(images, labels),
         "psnr_to_dense_db": psnr_db(dense, images),
+        "date": time.strftime("%Y-%m-%d"),
         "final_distillation_loss": statistics.fmean(r["loss"] for r in tail),
         "schedule": {b: list(k) for b, k in result.schedule.kept_tokens.items()},
         "calibration_seconds": round(calibrated - started, 1),

@@ -24,6 +24,8 @@ OURS: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "optimizer": "muon",
         "lr_weights": 1.2e-3,
+        "ratios": "gradient",
+        "resolves": 0,
     },
 }
 FROM_ERRORS = {"calibration": {"ratios": "errors", "resolves": 1}}

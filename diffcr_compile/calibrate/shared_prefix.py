@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from diffcr_compile.program import Program, flat_tensors
 
@@ -13,7 +14,7 @@ from diffcr_compile.program import Program, flat_tensors
 class SharedPrefix(fx.Interpreter):
     """Goes through a graph once, and runs what is left of it as often as it is asked to.
 
-    It holds those values only that something ahead still reads.
+    It holds those values only that something ahead still reads. Where a run writes into one of them in place, they are made anew.
 
     Args:
         program: whose graph it is; its modules may change between two runs.
@@ -23,10 +24,12 @@ class SharedPrefix(fx.Interpreter):
         super().__init__(program.module)
         self._nodes = list(program.graph.nodes)
         self._at = 0
+        self._inputs: tuple[Tensor, ...] = ()
 
     def begin(self, inputs: Iterable[Tensor]) -> None:
         """Stand behind the last input; `inputs` are in placeholder order."""
-        self.env, self.args_iter, self._at = {}, iter(inputs), 0
+        self._inputs = tuple(inputs)
+        self.env, self.args_iter, self._at = {}, iter(self._inputs), 0
         last = max(n for n, node in enumerate(self._nodes) if node.op == "placeholder")
         self.go_to(self._nodes[last + 1])
 
@@ -38,14 +41,20 @@ class SharedPrefix(fx.Interpreter):
 
     def rest(self) -> list[Tensor]:
         """The graph's output tensors, run from here; it stands here afterwards."""
-        held = self.env
+        held, here = self.env, self._nodes[self._at]
+        tensors = [v for v in pytree.tree_leaves(list(held.values())) if isinstance(v, Tensor)]
+        written = [tensor._version for tensor in tensors]
         self.env = dict(held)
         try:
             for node in self._nodes[self._at : -1]:
                 self._step(node)
-            return flat_tensors(self.run_node(self._nodes[-1]))
+            found = flat_tensors(self.run_node(self._nodes[-1]))
         finally:
             self.env = held
+        if written != [tensor._version for tensor in tensors]:
+            self.begin(self._inputs)
+            self.go_to(here)
+        return found
 
     def _step(self, node: fx.Node) -> None:
         value: Any = self.run_node(node)

@@ -15,7 +15,7 @@ from diffcr_compile.blocks import BlockSpec, Path, Refusal, map_leaves
 from diffcr_compile.errors import UsageError
 from diffcr_compile.origin import Origin
 from diffcr_compile.outputs import put_together, take_apart
-from diffcr_compile.routing import Gate
+from diffcr_compile.routing import Gate, TokenSelector
 from diffcr_compile.schedule import TokenSchedule
 from diffcr_compile.signature import CallSignature, keyword_call, same_constant
 
@@ -46,6 +46,16 @@ class DiTGraph(fx.GraphModule):
             for name in (f"{selector_name(spec.name)}.router", router_name(spec.name)):
                 if _has_submodule(self, name):
                     found[spec.name] = self.get_submodule(name)
+        return found
+
+    @property
+    def selectors(self) -> dict[str, TokenSelector]:
+        """Selector of each routed block of a ROUTED graph, by block name in running order."""
+        found = {}
+        for spec in self.program.blocks:
+            selector = self.get_submodule(selector_name(spec.name))
+            assert isinstance(selector, TokenSelector)
+            found[spec.name] = selector
         return found
 
     def check_constants(self, found: tuple[Any, ...]) -> None:

@@ -43,8 +43,7 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.planning.targets import Target
-from diffcr_compile.program import DiTGraph, Program, Stage, run_flat, selector_name
-from diffcr_compile.routing import TokenSelector
+from diffcr_compile.program import DiTGraph, Program, Stage, run_flat
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 
 Data = TeacherStates | LatentStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
@@ -295,15 +294,11 @@ def frozen_parity(routed: Program, frozen: Program) -> Parity:
     """FROZEN against ROUTED with its selectors at the schedule's column."""
     assert frozen.schedule is not None
     assert frozen.bucket is not None
-    selectors: list[tuple[TokenSelector, int]] = []
-    for spec in routed.blocks:
-        selector = routed.module.get_submodule(selector_name(spec.name))
-        assert isinstance(selector, TokenSelector)
-        selectors.append((selector, frozen.schedule.kept_tokens[spec.name][frozen.bucket]))
-    for selector, kept in selectors:
-        selector.keep(kept)
+    selectors, column = routed.module.selectors, frozen.schedule.column(frozen.bucket)
+    for name, selector in selectors.items():
+        selector.keep(column[name])
     expected = run_flat(routed, routed.example)
-    for selector, _ in selectors:
+    for selector in selectors.values():
         selector.keep(selector.num_tokens)
     found = run_flat(frozen, frozen.example)
     return compare("ROUTED -> FROZEN", found, expected, 1e-5, bucket=frozen.bucket)

@@ -25,8 +25,7 @@ from diffcr_compile.calibrate.warm_start import warm_start_routers
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.opened import ExampleInputs, PipelineInputs, open_model
-from diffcr_compile.program import Program, run_flat, selector_name, with_batch
-from diffcr_compile.routing import TokenSelector
+from diffcr_compile.program import Program, run_flat, with_batch
 from diffcr_compile.schedule import (
     CostTable,
     Floats,
@@ -273,11 +272,7 @@ def measured_error(
 ) -> float:
     """See :class:`Option`; every selector keeps all tokens again afterwards."""
     batched, squares = batched_inputs(program), _squares(states, chosen)
-    selectors: dict[str, TokenSelector] = {}
-    for spec in program.blocks:
-        selector = program.module.get_submodule(selector_name(spec.name))
-        assert isinstance(selector, TokenSelector)
-        selectors[spec.name] = selector
+    selectors = program.module.selectors
     was_training, total = program.module.training, 0.0
     program.module.eval()
     try:

@@ -21,7 +21,6 @@ from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.calibrate.shared_prefix import SharedPrefix
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.program import Program, selector_name
-from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import CostTable, Floats, TokenSchedule
 
 Progress = Callable[[int, int], None]
@@ -59,7 +58,7 @@ def measure_errors(
     """
     batched = batched_inputs(program)
     inputs = [states.take(rows, batched) for rows in chosen]
-    selectors = {spec.name: _selector(program, spec.name) for spec in program.blocks}
+    selectors = program.module.selectors
     runs = SharedPrefix(program)
     places = {node.target: node for node in program.graph.find_nodes(op="call_module")}
     columns = [
@@ -114,12 +113,6 @@ def measure_errors(
             selector.keep(selector.num_tokens)
         program.module.train(was_training)
     return errors
-
-
-def _selector(program: Program, block: str) -> TokenSelector:
-    selector = program.module.get_submodule(selector_name(block))
-    assert isinstance(selector, TokenSelector)
-    return selector
 
 
 def relative_errors(errors: dict[str, Floats], costs: CostTable) -> dict[str, Floats]:

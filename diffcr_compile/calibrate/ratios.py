@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcr_compile.program import Program, selector_name
+from diffcr_compile.program import Program
 from diffcr_compile.routing import TokenSelector
 from diffcr_compile.schedule import (
     CostTable,
@@ -56,7 +56,7 @@ class RatioLearner:
         self.values: Floats = np.ones((len(self.names), len(buckets)))
         self.momentum: Floats = np.zeros_like(self.values)
         self.lowest = np.array([costs.levels[n][0] / costs.levels[n][-1] for n in self.names])
-        self._selectors = [_selector(program, name) for name in self.names]
+        self._selectors = list(program.module.selectors.values())
         self._blends: list[Tensor | None] = [None] * len(self.names)
 
     def cost(self, values: Floats | None = None) -> float:
@@ -165,9 +165,3 @@ def keep_column(selectors: list[TokenSelector], kept: list[int]) -> None:
     """Set K of each selector."""
     for selector, tokens in zip(selectors, kept, strict=True):
         selector.keep(tokens)
-
-
-def _selector(program: Program, name: str) -> TokenSelector:
-    selector = program.module.get_submodule(selector_name(name))
-    assert isinstance(selector, TokenSelector)
-    return selector

@@ -232,14 +232,54 @@ def test_better_means_by_more_than_both_spreads() -> None:
     runs = [
         run(name, kid, seed) for name, both in kids.items() for seed, kid in enumerate(both)
     ]
-    rows = summarise(runs)
-    found = {entry["variant"]: entry for entry in ahead_of(rows, 0.6, 4)}
+    found = {entry["variant"]: entry for entry in ahead_of(runs, 0.6, 4)}
     assert {name: entry["better"] for name, entry in found.items()} == {
         "worse": True,
         "equal": None,
         "best": False,
     }
     assert found["worse"]["difference"] == pytest.approx(11 - 16.5)
+
+
+def test_seeds_are_compared_with_the_same_noise() -> None:
+    """What a draw of noise does to both is larger than what is between them."""
+    kids = {"ours": (10, 20, 30), "worse": (11, 22, 31), "better": (9, 18, 29), "one": (50,)}
+    kids["equal"] = (11, 19, 30)
+    runs = [
+        run(name, kid, seed) for name, every in kids.items() for seed, kid in enumerate(every)
+    ]
+    found = {entry["variant"]: entry for entry in ahead_of(runs, 0.6, 4)}
+    assert found["worse"]["by_seed"] == [-1, -2, -1]
+    assert {name: entry["better"] for name, entry in found.items() if name != "one"} == {
+        "worse": None, "better": None, "equal": None,
+    }  # fmt: skip
+    assert {name: entry["better_in_every_seed"] for name, entry in found.items()} == {
+        "worse": True, "better": False, "equal": None, "one": None,
+    }  # fmt: skip
+
+
+def test_runs_of_other_settings_are_not_taken_up(tmp_path: Path) -> None:
+    from benchmarks.quality.__main__ import RESULTS, conditions, made_alike
+
+    now = conditions(Scale())
+    published = json.loads(RESULTS.read_text())["conditions"]
+    assert made_alike(published, now), "the committed runs would all be made anew"
+    on_gpu = conditions(Scale(device="cuda"))
+    assert made_alike(json.loads(json.dumps(on_gpu)), now)
+    for section, name, value in (
+        ("calibration", "lr_router", 0.5),
+        ("routing", "buckets", 2),
+        ("calibration", "no_such_setting", 1),
+    ):
+        other = json.loads(json.dumps(now))
+        other["settings_of_ours"][section][name] = value
+        assert not made_alike(other, now)
+    lacking = json.loads(json.dumps(now))
+    del lacking["settings_of_ours"]["calibration"]["rank_timeout"]  # stands at its default
+    assert made_alike(lacking, now)
+    del lacking["settings_of_ours"]["calibration"]["lr_weights"]  # does not
+    assert not made_alike(lacking, now)
+    assert not made_alike({**now, "samples": 7}, now)
 
 
 def test_the_knee_is_where_fewer_dense_steps_are_as_good() -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.quality --processes 2      # everything, days on CPU cores; goes on where it was, or where
                                                     # the committed JSON was
     python -m benchmarks.quality --processes 14 --device cuda    # minutes on a large GPU
+    python -m benchmarks.quality --only 'ours_42_*'  # some of them
     python -m benchmarks.quality --report           # the table from the runs that are there
     python -m benchmarks.quality --smoke            # minutes, checks that all of it runs
 
@@ -16,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
@@ -32,21 +33,45 @@ from benchmarks.quality.pool import run_all
 from benchmarks.quality.settings import SMOKE, Scale, config
 from benchmarks.quality.table import ahead_of, knee, summarise
 from benchmarks.reference import fashion_mnist
+from diffcr_compile.config import make_config
+from diffcr_compile.errors import DiffCRError
 from diffcr_compile.reference.quality import METRIC, load_real_statistics
 from diffcr_compile.summary import environment
 
 RESULTS = Path(__file__).parents[1] / "results/quality.json"
 PICTURES = Path(__file__).parents[2] / "docs/pictures"
+# Of the settings of a compilation, those that its pictures depend on.
+SECTIONS = ("routing", "calibration", "budget")
 
 
 def conditions(scale: Scale) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """All that the figures depend on. Where a run was made is said with the run."""
+    same_anywhere = {k: v for k, v in dataclasses.asdict(scale).items() if k != "device"}
     return {
-        **dataclasses.asdict(scale),
+        **same_anywhere,
         "sampler": "Euler, no guidance, classes in turn",
         "real_against_real_floor": load_real_statistics().floor(scale.samples),
-        "settings_of_ours": config("ours", 0, scale).model_dump(mode="json"),
+        "settings_of_ours": config("ours", 0, scale).model_dump(
+            mode="json", include=set(SECTIONS)
+        ),
     }
+
+
+def made_alike(published: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two sets of conditions lead to the same figures.
+
+    A setting that the published ones lack did not exist then, and counts as standing at its default.
+    """
+    name = "settings_of_ours"
+    if {**published, name: None} != {**json.loads(json.dumps(now)), name: None}:
+        return False
+    try:
+        earlier = make_config({s: published[name][s] for s in SECTIONS})
+    except (DiffCRError, KeyError):  # of settings that no longer exist
+        return False
+    return earlier.model_dump(include=set(SECTIONS)) == make_config(now[name]).model_dump(
+        include=set(SECTIONS)
+    )
 
 
 def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None:
@@ -63,20 +88,24 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
         for j in done
         if (j.task, j.variant, j.seed, j.steps) == ("generation", "ours", 0, scale.few)
     ]
-    sheets = {}
+    sheets = earlier_sheets(target)
     for budget in with_ours:
-        name = f"quality_samples_{round(100 * budget)}.png"
-        sheets[name] = sheet(budget, scale.seeds[0], scale.few, work, pictures / name)
+        # runs that were taken up from the committed JSON have no images; neither has their sheet to be drawn anew
+        if (
+            work / f"{Job('ours', budget, scale.seeds[0], scale.few).name}.safetensors"
+        ).exists():
+            name = f"quality_samples_{round(100 * budget)}.png"
+            sheets[name] = sheet(budget, scale.seeds[0], scale.few, work, pictures / name)
     report = {
         "metric": METRIC,
         "conditions": conditions(scale),
         "missing": [dataclasses.asdict(job) for job in every_job if job not in done],
         "summary": every,
-        "ours_against": {str(b): ahead_of(rows, b, scale.few) for b in with_ours},
+        "ours_against": {str(b): ahead_of(runs, b, scale.few) for b in with_ours},
         "knee": knee(rows, scale.budgets[0]),
         "sheets_top_to_bottom": sheets,
         "runs": runs,
-        "environment": {**environment(), "device": device_name(scale.device)},
+        "environment": environment(),
         "date": time.strftime("%Y-%m-%d"),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,24 +121,35 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
         )
 
 
+def earlier_sheets(target: Path) -> dict[str, list[str]]:
+    """Sample sheets that are there, and their rows."""
+    found: dict[str, list[str]] = {}
+    if target.exists():
+        found |= json.loads(target.read_text())["sheets_top_to_bottom"]
+    return found
+
+
+def chosen(groups: list[list[Job]], names: Sequence[str]) -> list[list[Job]]:
+    """A group for every pattern, or the groups as they are."""
+    if list(names) == ["*"]:
+        return groups
+    every = [job for group in groups for job in group]
+    return [[job for job in every if fnmatch.fnmatch(job.name, name)] for name in names]
+
+
 def take_up(published: Path, scale: Scale, work: Path) -> None:
     """Put the runs of an earlier report into the work folder, if it was made with the same settings."""
     if not published.exists():
         return
     report = json.loads(published.read_text())
-    if report["conditions"] != json.loads(json.dumps(conditions(scale))):
+    if not made_alike(report["conditions"], conditions(scale)):
         print(f"{published.name} was made with other settings: all runs are made anew")
         return
     for entry in report["runs"]:
         job = Job(*(entry[field.name] for field in dataclasses.fields(Job)))
         path = work / f"{job.name}.json"
-        # The dense model's images are needed for the PSNR of the others, and are not published.
-        if job.variant != "dense" and not path.exists():
+        if not path.exists():
             path.write_text(json.dumps(entry, indent=1))
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
 
 
 def main() -> None:
@@ -120,6 +160,12 @@ def main() -> None:
     parser.add_argument("--device", default=Scale.device)
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin no run after"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=["*"],
+        help="names of runs, such as 'ours_42_*'; in this order",
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--smoke", action="store_true")
@@ -132,7 +178,10 @@ def main() -> None:
         target, pictures = args.work / "quality.json", args.work
     args.work.mkdir(parents=True, exist_ok=True)
     take_up(target, scale, args.work)
-    groups = [[Case(j, scale, args.work, args.data) for j in group] for group in jobs(scale)]
+    groups = [
+        [Case(job, scale, args.work, args.data) for job in group]
+        for group in chosen(jobs(scale), args.only)
+    ]
     if not args.report:
         run_all(groups, args.processes, deadline)
     write_report(scale, args.work, target, pictures)

@@ -62,6 +62,11 @@ class Case:
         return (self.work / f"{self.job.name}.json").exists()
 
     @property
+    def dense_images(self) -> Path:
+        """The dense model's samples of the same noise. They are not published, runs that were taken up lack them."""
+        return self.work / f"{self.job.dense.name}.safetensors"
+
+    @property
     def condition_channels(self) -> int:
         """Input channels beside the noisy image."""
         return CONDITION_CHANNELS[self.job.task]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.quality.case import Case
@@ -71,13 +72,13 @@ def run(case: Case) -> dict[str, Any]:
     """Build and measure; what was measured is in ``<name>.json``, some images beside it."""
     job, work = case.job, case.work
     path = work / f"{job.name}.json"
-    if path.exists():
+    if case.done and (job.variant != "dense" or case.dense_images.exists()):
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     started = time.process_time()
     built = build(case)
     built_in = time.process_time() - started
-    reference = work / f"{job.dense.name}.safetensors"
+    reference = case.dense_images
     dense_images = load_file(reference)["images"] if reference.exists() else None
     scores, images = measured(built, case, dense_images)
     # all of the dense model's, which the others are compared with
@@ -87,6 +88,7 @@ def run(case: Case) -> dict[str, Any]:
         **dataclasses.asdict(job),
         **scores,
         "facts": built.facts,
+        "made": made_where(case.scale.device),
         "cpu_seconds": {
             "build": round(built_in, 1),
             "all": round(time.process_time() - started, 1),
@@ -96,3 +98,9 @@ def run(case: Case) -> dict[str, Any]:
     temporary.write_text(json.dumps(result, indent=1))
     temporary.replace(path)
     return result
+
+
+def made_where(device: str) -> dict[str, str]:
+    """Device, version of torch and day of a run: a table may be put together from several machines."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    return {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

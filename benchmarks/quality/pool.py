@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import time
 import traceback
@@ -29,7 +30,8 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, _one_thread) as pool:
         waiting = [case for group in groups for case in group if not case.done]
-        dense = [case for case in waiting if case.job.variant == "dense"]
+        compared_with = {case.job.dense: case for case in waiting}
+        dense = [dataclasses.replace(case, job=job) for job, case in compared_with.items()]
         tasks = {case.job.task: case for case in waiting if case.needs_states}
         futures = [pool.submit(_run, case, deadline) for case in dense]
         states = [pool.submit(make_states, case) for case in tasks.values()]
@@ -38,7 +40,8 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
                 chosen = [c for c in group if c in waiting and c.needs_states == needing]
                 if needing:
                     concurrent.futures.wait(states)
-                futures += [pool.submit(_run, c, deadline) for c in chosen if c not in dense]
+                chosen = [case for case in chosen if case.job not in compared_with]
+                futures += [pool.submit(_run, case, deadline) for case in chosen]
         for future in concurrent.futures.as_completed(futures):
             print(future.result(), flush=True)
 

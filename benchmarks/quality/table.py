@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
@@ -23,29 +23,48 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def ahead_of(rows: Sequence[Run], budget: float, steps: int) -> list[dict[str, Any]]:
-    """Ours against every other variant of a budget, and against the dense ones: difference and spreads.
+def ahead_of(runs: Sequence[Run], budget: float, steps: int) -> list[dict[str, Any]]:
+    """Ours in generation against every other variant of a budget, and against the dense ones.
 
-    ``better`` is True where the worst of our seeds is better than the best of theirs, False where it is the
-    other way round, and None where the seeds overlap.
+    Returns:
+        For each: the difference and ratio of the means, and two answers to "is ours better?". ``better`` is True where
+        the worst of our seeds is better than the best of theirs, False where it is the other way round, None where the
+        seeds overlap. ``by_seed`` is the difference seed by seed, both with the same noise, so that what a draw of
+        noise does to both is out of it; ``better_in_every_seed`` is True where all of these favour ours, False where
+        all favour the other, None else or with one seed.
     """
-    here = [r for r in rows if r["budget"] in (budget, 1.0) and r["steps"] == steps]
-    mine = next(r for r in here if r["variant"] == "ours")[HEADLINE]
+    here = [
+        run
+        for run in runs
+        if run["task"] == "generation"
+        and run["budget"] in (budget, 1.0)
+        and run["steps"] == steps
+    ]
+    by_variant: dict[str, dict[int, float]] = {}
+    for run in here:
+        by_variant.setdefault(run["variant"], {})[run["seed"]] = run[HEADLINE]
+    mine = by_variant.pop("ours")
     result = []
-    for row in here:
-        other = row[HEADLINE]
-        better = True if mine["max"] < other["min"] else None
-        if mine["min"] > other["max"]:
-            better = False
+    for variant, other in by_variant.items():
+        pairs = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+        means = statistics.fmean(mine.values()), statistics.fmean(other.values())
         result.append(
             {
-                "variant": row["variant"],
-                "difference": mine["mean"] - other["mean"],
-                "ratio": mine["mean"] / other["mean"],
-                "better": better,
+                "variant": variant,
+                "difference": means[0] - means[1],
+                "ratio": means[0] / means[1],
+                "better": _all_below(mine.values(), other.values()),
+                "by_seed": pairs,
+                "better_in_every_seed": _all_below(pairs, [0.0]) if len(pairs) > 1 else None,
             }
         )
-    return [entry for entry in result if entry["variant"] != "ours"]
+    return result
+
+
+def _all_below(ours: Collection[float], theirs: Collection[float]) -> bool | None:
+    if max(ours) < min(theirs):
+        return True
+    return False if min(ours) > max(theirs) else None
 
 
 def knee(rows: Sequence[Run], budget: float) -> dict[str, Any]:

@@ -83,6 +83,12 @@ class RolloutConfig(_Section):
 
     trajectories: int = Field(default=192, ge=1, description="sampled images")
     steps: int = Field(default=20, ge=1, description="sampling steps of each trajectory")
+    substeps: int = Field(
+        default=1,
+        ge=1,
+        description="steps of the dense model for each of these; above 1 the routed model learns to get in one "
+        "step where the dense one gets in so many, and is for sampling in rollouts.steps steps only",
+    )
     batch: int = Field(default=32, ge=1, description="trajectories that run together")
     pipeline_runs: int = Field(
         default=16, ge=1, description="runs of a pipeline, where the model comes with one"
@@ -319,6 +325,16 @@ class CompileConfig(_Section):
     budget: BudgetConfig = BudgetConfig()
     export: ExportConfig = ExportConfig()
 
+    @model_validator(mode="after")
+    def _steps_are_distilled_into_weights(self) -> CompileConfig:
+        trained = self.calibration.train in ("lora", "all") and self.calibration.steps > 0
+        if self.rollouts.substeps > 1 and not trained:
+            raise ValueError(
+                "rollouts.substeps above 1 asks weights to learn larger steps; set calibration.train to all or lora "
+                "and calibration.steps above 0, or rollouts.substeps to 1"
+            )
+        return self
+
 
 def parse_budget(budget: float | str) -> float:
     """``"60%"``, ``"0.6"`` or ``0.6`` -> 0.6, a share of the dense model's cost.
@@ -360,14 +376,18 @@ def make_config(data: dict[str, Any]) -> CompileConfig:
 
 def _problem(error: dict[str, Any]) -> str:
     """One finding of pydantic in words."""
-    *parents, name = map(str, error["loc"])
-    where = ".".join([*parents, name])
+    path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
+        *parents, name = path
         section: Any = CompileConfig
         for parent in parents:
             section = section.model_fields[parent].annotation
-        return f"there is no setting {where}{did_you_mean(name, section.model_fields)}"
-    return f"{where}: {short(error['msg'], 200)[1:-1]} (found {short(error['input'])})"
+        known = did_you_mean(name, section.model_fields)
+        return f"there is no setting {'.'.join(path)}{known}"
+    said = short(error["msg"], 200)[1:-1]
+    if not path:  # settings of different sections that do not go together
+        return said
+    return f"{'.'.join(path)}: {said} (found {short(error['input'])})"
 
 
 def load_config(

@@ -132,6 +132,13 @@ def teacher_states(
     """
     if isinstance(data, TeacherStates):
         return data
+    if data is not None and config.rollouts.substeps > 1:
+        source = "a pipeline's runs" if isinstance(data, PipelineRuns) else "data of your own"
+        raise UsageError(
+            f"rollouts.substeps = {config.rollouts.substeps} is about the steps of teacher rollouts, and {source} "
+            "are learned from instead. Set it to 1, or learn from rollouts: give a sampler and no data.",
+            code="DCR-U062",
+        )
 
     def shard_done(stage: str, done: int, count: int) -> None:
         if progress:

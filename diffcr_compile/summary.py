@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffcr_compile.budgets import table_facts
-from diffcr_compile.config import CompileConfig
+from diffcr_compile.config import CompileConfig, RolloutConfig
 from diffcr_compile.schedule import UNITS, CostTable, TokenSchedule, cost_of
 from diffcr_compile.verdict import SPEED_CHECK, commands, decide, stability
 
@@ -90,7 +90,10 @@ def build_report(
         "environment": environment(),
         "commands": commands(config, folder),
         "drift": drift,
-        "warnings": warnings_section(schedule, reached, table_facts(config.budget)),
+        "warnings": [
+            *warnings_section(schedule, reached, table_facts(config.budget)),
+            *steps_warning(config.rollouts),
+        ],
     }
     if not compiled.manifest.runs_on_cpu:
         report["warnings"].append(
@@ -103,6 +106,18 @@ def build_report(
     found = {n: f"{n}.png" for n in pictures if (folder / f"report/{n}.png").exists()}
     report["pictures"] = found or None
     return report
+
+
+def steps_warning(rollouts: RolloutConfig) -> list[str]:
+    """What distilled steps ask of whoever samples, and do to comparisons with the dense model."""
+    if rollouts.substeps == 1:
+        return []
+    said = (
+        f"Learned for sampling in {rollouts.steps} steps, each of which stands for {rollouts.substeps} of the dense model's "
+        "(rollouts.substeps): with another number of steps it is off, and what it differs from the dense model in as "
+        "many steps, such as drift and PSNR, is no error."
+    )
+    return [said]
 
 
 def _per_block(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.job import Job
-from benchmarks.quality.settings import ROUTED, Scale
+from benchmarks.quality.settings import DISTILLED, ROUTED, Scale
 from benchmarks.reference import fashion_mnist, inpainting
 from benchmarks.reference.train_features import balanced_order
 from diffcr_compile.config import RoutingConfig
@@ -54,8 +54,13 @@ class Case:
 
     @property
     def needs_states(self) -> bool:
-        """Whether it is calibrated on the states of the task."""
-        return self.job.variant in ROUTED
+        """Whether it is trained on states of the task that are made first."""
+        return self.job.variant in ROUTED or self.distils_steps
+
+    @property
+    def distils_steps(self) -> bool:
+        """Whether it is trained towards the dense model's sampling in smaller steps."""
+        return self.job.variant.endswith(DISTILLED)
 
     @property
     def done(self) -> bool:

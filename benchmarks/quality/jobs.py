@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
-from benchmarks.quality.settings import Scale
+from benchmarks.quality.settings import DISTILLED, ROUTED, Scale
 from benchmarks.quality.variants import build
 
 SHEET = 40  # images that are kept for the sample sheets
@@ -34,6 +34,7 @@ AT_A_BUDGET = (
 # At the first budget only: what training costs, and the paper's estimator.
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
+STEPS_DISTILLED = tuple(name for name in ROUTED if name.endswith(DISTILLED))
 # With many steps, where leaving steps out is cheap.
 MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
 
@@ -43,10 +44,10 @@ def jobs(scale: Scale) -> list[list[Job]]:
     first, *rest = scale.budgets
     one, few = scale.seeds[0], scale.few
     main = [
-        *with_all_seeds(DENSE, 1.0, scale),
-        *with_all_seeds((*AT_A_BUDGET, FIFTH), first, scale),
+        *with_all_seeds((*DENSE, f"dense{DISTILLED}"), 1.0, scale),
+        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, FIFTH), first, scale),
     ]
-    lowest = with_all_seeds(AT_A_BUDGET, rest[0], scale) if rest else []
+    lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
     groups = [
         [*main, *lowest],
         [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],

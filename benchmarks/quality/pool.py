@@ -32,9 +32,9 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
         waiting = [case for group in groups for case in group if not case.done]
         compared_with = {case.job.dense: case for case in waiting}
         dense = [dataclasses.replace(case, job=job) for job, case in compared_with.items()]
-        tasks = {case.job.task: case for case in waiting if case.needs_states}
+        needed = {(c.job.task, c.distils_steps): c for c in waiting if c.needs_states}
         futures = [pool.submit(_run, case, deadline) for case in dense]
-        states = [pool.submit(make_states, case) for case in tasks.values()]
+        states = [pool.submit(make_states, case) for case in needed.values()]
         for group in groups:
             for needing in (False, True):
                 chosen = [c for c in group if c in waiting and c.needs_states == needing]

@@ -44,6 +44,17 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "ours, a fifth of the steps": {},
     "training-free": {},
 }
+# Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
+DISTILLED = ", steps distilled"
+ROUTED |= {
+    name + DISTILLED: ROUTED[name]
+    for name in (
+        "ours",
+        "uniform (Mixture-of-Depths)",
+        "blocks dropped",
+        "random router",
+    )
+}
 # Share of the training steps that all others have.
 STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
 
@@ -62,6 +73,9 @@ class Scale:
     batch: int = OURS["calibration"]["batch"]
     # Of the true velocity in what the routed variants learn, see states.py.
     true_share: float = 1.0
+    # Of the dense model's sampling where steps are distilled: images, and its steps for one of the few.
+    trajectories: int = 1024
+    substeps: int = 4
     device: str = "cpu"
 
     @property
@@ -79,6 +93,7 @@ SMOKE = Scale(
     dense_steps=(2, 4),
     calibration_steps=4,
     batch=4,
+    trajectories=2,
 )
 
 

@@ -23,8 +23,16 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def ahead_of(runs: Sequence[Run], budget: float, steps: int) -> list[dict[str, Any]]:
+def ahead_of(
+    runs: Sequence[Run], budget: float, steps: int, ours: str = "ours"
+) -> list[dict[str, Any]]:
     """Ours in generation against every other variant of a budget, and against the dense ones.
+
+    Args:
+        runs: of any task, budget and steps.
+        budget: which budget.
+        steps: which sampling steps.
+        ours: the variant that is called so.
 
     Returns:
         For each: the difference and ratio of the means, and two answers to "is ours better?". ``better`` is True where
@@ -43,7 +51,7 @@ def ahead_of(runs: Sequence[Run], budget: float, steps: int) -> list[dict[str, A
     by_variant: dict[str, dict[int, float]] = {}
     for run in here:
         by_variant.setdefault(run["variant"], {})[run["seed"]] = run[HEADLINE]
-    mine = by_variant.pop("ours")
+    mine = by_variant.pop(ours)
     result = []
     for variant, other in by_variant.items():
         pairs = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]

@@ -12,7 +12,7 @@ from torch import Tensor
 import diffcr_compile as dcr
 from benchmarks.quality import merging, paper, reuse, tuned
 from benchmarks.quality.case import Case
-from benchmarks.quality.settings import ROUTED, config
+from benchmarks.quality.settings import DISTILLED, ROUTED, config
 from benchmarks.quality.states import teacher_states
 from diffcr_compile.program import DiTGraph
 from diffcr_compile.schedule import CostTable, TokenSchedule
@@ -58,6 +58,7 @@ def build(case: Case) -> Built:
         "dense": dense,
         "dense, fewer steps": fewer_steps,
         "dense, fine-tuned": tuned.build,
+        f"dense{DISTILLED}": tuned.build,
         "paper's recipe": paper.build,
         "tokens merged (2-D ToMe)": merging.build,
         "steps reuse blocks": reuse.build,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.mean_steps import check_memoryless, output_leading_to, refined
 from diffcr_compile.calibrate.samplers import Sampler, timestep_like
 from diffcr_compile.calibrate.shards import Progress, Shard, made_in_shards
 from diffcr_compile.config import RolloutConfig
@@ -132,7 +133,8 @@ def roll_out(
     Args:
         program: CAPTURED, or ROUTED with all tokens kept (the same thing).
         sampler: where the timesteps and the steps between them come from.
-        config: how many trajectories, in which batches.
+        config: how many trajectories, in which batches. With ``substeps`` above 1 the dense model takes so many
+            steps for each of the sampler's, and the targets are what :mod:`mean_steps` makes of them.
         conditions: draws the other inputs of a batch.
         seed: of noise and conditions.
         folder: where finished shards are kept; None keeps them in memory only.
@@ -145,10 +147,14 @@ def roll_out(
             f"the inputs are {sorted(program.example)}. Pass data= with your own inputs instead."
         )
 
+    fine = refined(sampler, config.substeps)
+    if config.substeps > 1:
+        check_memoryless(sampler, program.example[program.sample_input])
+
     def shard(number: int) -> Shard:
         size = min(config.batch, config.trajectories - number * config.batch)
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        return _one_shard(program, sampler, conditions, generator, size)
+        return _one_shard(program, sampler, fine, conditions, generator, size)
 
     count = -(-config.trajectories // config.batch)
     return join_shards(program, made_in_shards(count, shard, folder, progress, ranks))
@@ -157,26 +163,34 @@ def roll_out(
 def _one_shard(
     program: Program,
     sampler: Sampler,
+    fine: Sampler,
     conditions: Conditions,
     generator: torch.Generator,
     size: int,
 ) -> Shard:
+    """States of the sampler's steps, between which the dense model takes those of `fine`."""
     sample, timestep = program.sample_input, program.timestep_input
     assert sample is not None
     assert timestep is not None
     like = program.example[sample]
-    state = sampler.start(
+    state = fine.start(
         torch.randn((size, *like.shape[1:]), generator=generator).to(like.device, like.dtype)
     )
     others = {name: t.to(like.device) for name, t in conditions(generator, size).items()}
+    substeps = len(fine.timesteps) // len(sampler.timesteps)
     inputs, targets, times = [], [], []
     for index, value in enumerate(sampler.timesteps):
-        now = timestep_like(program.example[timestep], value, size)
-        output = run_flat(program, {**others, sample: state, timestep: now})[0]
-        inputs.append(state.cpu())
-        targets.append(output.cpu())
+        before, answers = state, []
+        for at in range(index * substeps, (index + 1) * substeps):
+            now = timestep_like(program.example[timestep], fine.timesteps[at], size)
+            answers.append(run_flat(program, {**others, sample: state, timestep: now})[0])
+            state = fine.step(answers[-1], at, state)
+        target = answers[0]
+        if substeps > 1:
+            target = _leading(sampler, index, before, state, target)
+        inputs.append(before.cpu())
+        targets.append(target.cpu())
         times.append(torch.full((size,), value))
-        state = sampler.step(output, index, state)
     steps = len(times)
     batched = batched_inputs(program)
     repeated = {
@@ -189,6 +203,14 @@ def _one_shard(
         "target": torch.cat(targets),
         "timesteps": torch.cat(times),
     }
+
+
+def _leading(
+    sampler: Sampler, index: int, state: Tensor, later: Tensor, output: Tensor
+) -> Tensor:
+    """The output that leads to `later`; what else the dense model said, such as a learned variance, stays."""
+    made = output_leading_to(sampler, index, state, later)
+    return torch.cat([made, output[:, made.shape[1] :]], 1)
 
 
 def join_shards(

@@ -31,7 +31,7 @@ class FlowEuler:
     """
 
     def __init__(self, steps: int, scale: float = 1000.0) -> None:
-        self.steps = steps
+        self.steps, self.scale = steps, scale
         self.timesteps = [scale * (1 - i / steps) for i in range(steps)]
 
     def start(self, noise: Tensor) -> Tensor:
@@ -46,6 +46,10 @@ class FlowEuler:
                 code="DCR-U062",
             )
         return state - output / self.steps
+
+    def refined(self, substeps: int) -> FlowEuler:
+        """The same sampler with `substeps` steps for each one."""
+        return FlowEuler(self.steps * substeps, self.scale)
 
 
 class SchedulerSampler:
@@ -72,6 +76,59 @@ class SchedulerSampler:
         moved = self.scheduler.step(output, self.scheduler.timesteps[index], state)
         result: Tensor = moved.prev_sample
         return result
+
+    def refined(self, substeps: int) -> Sampler:
+        """A sampler with `substeps` steps for each one, that passes through the same timesteps.
+
+        Raises:
+            UsageError: the scheduler with that many steps does not, or it needs arguments that it was not given.
+        """
+        if hasattr(
+            self.scheduler, "scale_noise"
+        ):  # flow matching: between two noise levels all are alike
+            return FlowSteps(
+                divided(self.scheduler.sigmas, substeps),
+                float(self.scheduler.config.num_train_timesteps),
+            )
+        fresh = type(self.scheduler).from_config(self.scheduler.config)
+        fine = SchedulerSampler(fresh, self.steps * substeps)
+        passed = fine.timesteps[::substeps]
+        # schedulers round timesteps to whole numbers
+        if any(abs(a - b) > 1 for a, b in zip(passed, self.timesteps, strict=True)):
+            raise UsageError(
+                f"{type(self.scheduler).__name__} with {fine.steps} steps does not pass through its timesteps "
+                f"with {self.steps}: {self.timesteps[:2]}, but {passed[:2]}. Make it with "
+                "timestep_spacing='trailing', or set rollouts.substeps to 1.",
+                code="DCR-U062",
+            )
+        return fine
+
+
+class FlowSteps:
+    """Euler steps for flow matching through given noise levels.
+
+    Args:
+        sigmas: (n + 1,) of n steps, and where the last one ends.
+        scale: the model is called with ``timestep = scale * sigma``.
+    """
+
+    def __init__(self, sigmas: Tensor, scale: float) -> None:
+        self.sigmas = [float(sigma) for sigma in sigmas]
+        self.timesteps = [scale * sigma for sigma in self.sigmas[:-1]]
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def step(self, output: Tensor, index: int, state: Tensor) -> Tensor:
+        output = output[:, : state.shape[1]]
+        return state + (self.sigmas[index + 1] - self.sigmas[index]) * output
+
+
+def divided(levels: Tensor, parts: int) -> Tensor:
+    """(n + 1,) levels with each of the n spaces between them divided into equal parts: (n * parts + 1,)."""
+    starts, ends = levels[:-1, None].double(), levels[1:, None].double()
+    inner = starts + (ends - starts) * torch.arange(parts) / parts
+    return torch.cat([inner.flatten(), levels[-1:].double()])
 
 
 def timestep_like(example: Tensor, value: float, batch: int) -> Tensor:

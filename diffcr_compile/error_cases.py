@@ -136,6 +136,8 @@ _ROWS = (
      "Start fewer processes, or set a larger calibration.batch."),
     ("DCR-U075", "nothing for adapters to sit on", "calibration.train is lora, and the routed blocks have no Linear layer that nothing else uses.",
      "Set calibration.train to router or all."),
+    ("DCR-U076", "sampling steps that cannot be distilled", "rollouts.substeps is above 1, and the sampler has no smaller steps, remembers earlier ones or clips; or the calibration does not learn from rollouts.",
+     "Use flow matching or DDIM with timestep_spacing=\"trailing\" and clip_sample=False, or set rollouts.substeps to 1."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

@@ -137,7 +137,7 @@ def teacher_states(
         raise UsageError(
             f"rollouts.substeps = {config.rollouts.substeps} is about the steps of teacher rollouts, and {source} "
             "are learned from instead. Set it to 1, or learn from rollouts: give a sampler and no data.",
-            code="DCR-U062",
+            code="DCR-U076",
         )
 
     def shard_done(stage: str, done: int, count: int) -> None:

@@ -160,7 +160,7 @@ def test_what_cannot_be_divided_is_refused(
     program = cases("dit").captured
     with pytest.raises(UsageError, match=said) as error:
         roll_out(program, sampler, settings(SUBSTEPS), labels, seed=0)
-    assert error.value.code == "DCR-U062"
+    assert error.value.code == "DCR-U076"
     assert "rollouts.substeps to 1" in str(error.value)
 
 

@@ -95,4 +95,4 @@ def check_memoryless(sampler: Sampler, like: Tensor) -> None:
 
 
 def _wrong(what: str) -> UsageError:
-    return UsageError(what + ".", code="DCR-U062")
+    return UsageError(what + ".", code="DCR-U076")

@@ -99,7 +99,7 @@ class SchedulerSampler:
                 f"{type(self.scheduler).__name__} with {fine.steps} steps does not pass through its timesteps "
                 f"with {self.steps}: {self.timesteps[:2]}, but {passed[:2]}. Make it with "
                 "timestep_spacing='trailing', or set rollouts.substeps to 1.",
-                code="DCR-U062",
+                code="DCR-U076",
             )
         return fine
 

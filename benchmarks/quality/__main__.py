@@ -84,9 +84,13 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
     with_ours = [
-        j.budget
-        for j in done
-        if (j.task, j.variant, j.seed, j.steps) == ("generation", "ours", 0, scale.few)
+        budget
+        for budget in scale.budgets
+        if any(
+            job.variant.removesuffix(DISTILLED) == "ours"
+            and (job.task, job.budget, job.steps) == ("generation", budget, scale.few)
+            for job in done
+        )
     ]
     sheets = earlier_sheets(target)
     for budget in with_ours:

@@ -134,10 +134,9 @@ def against(runs: Sequence[Mapping[str, Any]], budget: float, steps: int) -> dic
 
 def earlier_sheets(target: Path) -> dict[str, list[str]]:
     """Sample sheets that are there, and their rows."""
-    found: dict[str, list[str]] = {}
-    if target.exists():
-        found |= json.loads(target.read_text())["sheets_top_to_bottom"]
-    return found
+    if not target.exists():
+        return {}
+    return dict(json.loads(target.read_text())["sheets_top_to_bottom"])
 
 
 def chosen(groups: list[list[Job]], names: Sequence[str]) -> list[list[Job]]:

@@ -26,7 +26,7 @@ from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
 from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.pipelines import PipelineRuns
 from diffcr_compile.calibrate.rollout_size import rollout_size
-from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
+from diffcr_compile.calibrate.samplers import FlowEuler, Sampler, model_input
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RolloutConfig, RoutingConfig
 from diffcr_compile.durable import disk_errors_in_words
@@ -251,7 +251,8 @@ def sampling_states(
     found = []
     for step, timestep in enumerate(timesteps):
         time = example[name]
-        inputs = {**example, sample: state, name: torch.full_like(time, timestep)}
+        given = state if sampler is None else model_input(sampler, step, state)
+        inputs = {**example, sample: given, name: torch.full_like(time, timestep)}
         found.append(inputs)
         if sampler is not None:
             program = frozen[schedule.buckets.index_of(timestep)]

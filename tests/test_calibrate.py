@@ -119,6 +119,46 @@ def test_a_diffusers_scheduler_is_a_sampler() -> None:
     assert len(theirs.timesteps) == len(ours.timesteps)
 
 
+def test_a_scheduler_that_keeps_the_state_at_the_noises_scale(cases) -> None:
+    """Euler in sigma space: the model must get the scaled state, as in the loop of diffusers' own pipelines."""
+    from diffusers import EulerDiscreteScheduler
+
+    case, steps, seed = cases("dit"), 3, 5
+    config = RolloutConfig(trajectories=2, steps=steps, batch=2)
+    found = roll_out(
+        case.captured, SchedulerSampler(EulerDiscreteScheduler(), steps), config, labels, seed
+    )
+
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed * 100_003)
+    state = torch.randn(2, 1, 16, 16, generator=generator) * scheduler.init_noise_sigma
+    given = dict(labels(generator, 2))
+    for step, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(state, timestep)
+        times = torch.full((2,), float(timestep))
+        with torch.no_grad():
+            output = run_flat(
+                case.captured, {**given, "hidden_states": scaled, "timestep": times}
+            )[0]
+        rows = slice(2 * step, 2 * step + 2)
+        assert torch.equal(found.inputs["hidden_states"][rows], scaled)
+        assert torch.equal(found.target[rows], output)
+        state = scheduler.step(output, timestep, state).prev_sample
+    start = found.inputs["hidden_states"][:2]
+    assert (
+        0.5 < float(start.std()) < 2
+    )  # the state that it is made from is a hundred times as large
+
+
+@pytest.mark.parametrize("kind", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+def test_a_scheduler_that_draws_noise_is_refused(kind: str) -> None:
+    import diffusers
+
+    with pytest.raises(UsageError, match="draws noise in its steps"):
+        SchedulerSampler(getattr(diffusers, kind)(), 3)
+
+
 def test_own_data_is_answered_by_the_dense_model(cases) -> None:
     case = cases("dit")
     found = label_states(case.captured, [dict(case.captured.example)])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.mean_steps import check_memoryless, output_leading_to, refined
-from diffcr_compile.calibrate.samplers import Sampler, timestep_like
+from diffcr_compile.calibrate.samplers import Sampler, model_input, timestep_like
 from diffcr_compile.calibrate.shards import Progress, Shard, made_in_shards
 from diffcr_compile.config import RolloutConfig
 from diffcr_compile.errors import UsageError
@@ -180,15 +180,17 @@ def _one_shard(
     substeps = len(fine.timesteps) // len(sampler.timesteps)
     inputs, targets, times = [], [], []
     for index, value in enumerate(sampler.timesteps):
-        before, answers = state, []
-        for at in range(index * substeps, (index + 1) * substeps):
+        before, first = state, index * substeps
+        for at in range(first, first + substeps):
             now = timestep_like(program.example[timestep], fine.timesteps[at], size)
-            answers.append(run_flat(program, {**others, sample: state, timestep: now})[0])
-            state = fine.step(answers[-1], at, state)
-        target = answers[0]
+            seen = model_input(fine, at, state)
+            answer = run_flat(program, {**others, sample: seen, timestep: now})[0]
+            if at == first:
+                inputs.append(seen.cpu())
+                target = answer
+            state = fine.step(answer, at, state)
         if substeps > 1:
             target = _leading(sampler, index, before, state, target)
-        inputs.append(before.cpu())
         targets.append(target.cpu())
         times.append(torch.full((size,), value))
     steps = len(times)

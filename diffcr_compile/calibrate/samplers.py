@@ -11,7 +11,10 @@ from diffcr_compile.errors import UsageError
 
 
 class Sampler(Protocol):
-    """What a rollout needs: the timesteps, and one step from one to the next."""
+    """What a rollout needs: the timesteps, and one step from one to the next.
+
+    It may have more: ``model_input(index, state)``, see :func:`model_input`, and ``refined(substeps)``.
+    """
 
     timesteps: list[float]  # values of the model's timestep input, in sampling order
 
@@ -20,6 +23,19 @@ class Sampler(Protocol):
 
     def step(self, output: Tensor, index: int, state: Tensor) -> Tensor:
         """The next state from the model's output at ``timesteps[index]``."""
+
+
+def model_input(sampler: Sampler, index: int, state: Tensor) -> Tensor:
+    """What the model is given at ``timesteps[index]``.
+
+    The state itself, but for samplers that keep it on another scale and have a method of this name, with the arguments
+    `index` and `state`.
+    """
+    scale = getattr(sampler, "model_input", None)
+    if scale is None:
+        return state
+    scaled: Tensor = scale(index, state)
+    return scaled
 
 
 class FlowEuler:
@@ -58,6 +74,9 @@ class SchedulerSampler:
     Args:
         scheduler: any object with the scheduler interface of diffusers.
         steps: inference steps.
+
+    Raises:
+        UsageError: the scheduler draws noise of its own in a step.
     """
 
     def __init__(self, scheduler: Any, steps: int) -> None:
@@ -65,11 +84,20 @@ class SchedulerSampler:
         self.steps = steps
         scheduler.set_timesteps(steps)
         self.timesteps = [float(t) for t in scheduler.timesteps]
+        self._check_deterministic()
 
     def start(self, noise: Tensor) -> Tensor:
         self.scheduler.set_timesteps(self.steps)  # schedulers with history start afresh
         sigma = getattr(self.scheduler, "init_noise_sigma", 1.0)
         return noise * sigma
+
+    def model_input(self, index: int, state: Tensor) -> Tensor:
+        """The state on the model's scale: Euler, Heun and their like keep it on that of the noise."""
+        scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
+        if scale is None:
+            return state
+        scaled: Tensor = scale(state, self.scheduler.timesteps[index])
+        return scaled
 
     def step(self, output: Tensor, index: int, state: Tensor) -> Tensor:
         output = output[:, : state.shape[1]]  # a learned variance is the sampler's affair
@@ -102,6 +130,23 @@ class SchedulerSampler:
                 code="DCR-U076",
             )
         return fine
+
+    def _check_deterministic(self) -> None:
+        """Rollouts must come out the same on every run, and what is exported has no noise of its own."""
+        start = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+        def end() -> Tensor:
+            state = self.start(start)
+            for index in range(len(self.timesteps)):
+                state = self.step(self.model_input(index, state), index, state)
+            return state
+
+        if not torch.equal(end(), end()):
+            raise UsageError(
+                f"{type(self.scheduler).__name__} draws noise in its steps; rollouts need a sampler that does not, "
+                "such as DDIM, Euler or DPM-Solver++. Make one with from_config(scheduler.config)",
+                code="DCR-U062",
+            )
 
 
 class FlowSteps:

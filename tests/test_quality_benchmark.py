@@ -15,7 +15,7 @@ from benchmarks.quality import merging, paper
 from benchmarks.quality.jobs import jobs
 from benchmarks.quality.reuse import StepReuse
 from benchmarks.quality.settings import SMOKE, Scale
-from benchmarks.quality.table import ahead_of, knee, summarise
+from benchmarks.quality.table import ahead_of, best_of_ours, knee, summarise
 from benchmarks.reference import inpainting
 from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenRouter, TokenSelector
@@ -286,8 +286,19 @@ def test_the_knee_is_where_fewer_dense_steps_are_as_good() -> None:
     dense = [run("dense", kid, 0, 1.0, steps) for steps, kid in ((2, 90), (4, 40), (8, 10))]
     ours = [run("ours", 50, 0, 0.6, 4), run("ours", 15, 0, 0.6, 8)]
     found = knee(summarise(dense + ours), 0.6)
-    assert found["dense_steps_as_good_as_ours"] == {4: 4, 8: 8}
-    assert found["dense_steps_that_the_budget_pays_for"] == {4: 2.4, 8: 4.8}
+    assert found["dense_by_steps"] == {2: 90, 4: 40, 8: 10}
+    told = ("steps", "dense_steps_paid_for", "dense_steps_worse", "dense_steps_as_good")
+    assert [tuple(row[name] for name in told) for row in found["ours"]] == [
+        (4, 2.4, 2, 4),
+        (8, 4.8, 4, 8),
+    ]
+
+
+def test_ours_is_the_one_with_distilled_steps_where_it_was_run() -> None:
+    both = [run("ours", 50, 0, 0.6, 8), run("ours, steps distilled", 40, 0, 0.6, 8)]
+    assert best_of_ours(both, 0.6, 8) == "ours, steps distilled"
+    assert best_of_ours(both[:1], 0.6, 8) == "ours"
+    assert best_of_ours(both, 0.42, 8) == ""
 
 
 @pytest.mark.soak

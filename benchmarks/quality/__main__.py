@@ -30,8 +30,8 @@ from benchmarks.quality.jobs import jobs
 from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
 from benchmarks.quality.pool import run_all
-from benchmarks.quality.settings import DISTILLED, SMOKE, Scale, config
-from benchmarks.quality.table import ahead_of, knee, summarise
+from benchmarks.quality.settings import SMOKE, Scale, config
+from benchmarks.quality.table import ahead_of, best_of_ours, knee, summarise
 from benchmarks.reference import fashion_mnist
 from diffcr_compile.config import make_config
 from diffcr_compile.errors import DiffCRError
@@ -83,15 +83,8 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     rows = [row for row in every if row["task"] == "generation"]
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
-    with_ours = [
-        budget
-        for budget in scale.budgets
-        if any(
-            job.variant.removesuffix(DISTILLED) == "ours"
-            and (job.task, job.budget, job.steps) == ("generation", budget, scale.few)
-            for job in done
-        )
-    ]
+    ours = {budget: best_of_ours(runs, budget, scale.few) for budget in scale.budgets}
+    with_ours = [budget for budget, variant in ours.items() if variant]
     sheets = earlier_sheets(target)
     for budget in with_ours:
         # runs that were taken up from the committed JSON have no images; neither has their sheet to be drawn anew
@@ -105,7 +98,10 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
         "conditions": conditions(scale),
         "missing": [dataclasses.asdict(job) for job in every_job if job not in done],
         "summary": every,
-        "ours_against": {str(b): against(runs, b, scale.few) for b in with_ours},
+        "ours_against": {
+            str(b): {"ours": ours[b], "others": ahead_of(runs, b, scale.few, ours[b])}
+            for b in with_ours
+        },
         "knee": knee(rows, scale.budgets[0]),
         "sheets_top_to_bottom": sheets,
         "runs": runs,
@@ -123,13 +119,6 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
             f"MACs {row['macs']['mean']:6.1%}: KID x 1000 {kid['mean']:6.1f} "
             f"({kid['min']:.1f} to {kid['max']:.1f}, {row['seeds']} seeds)"
         )
-
-
-def against(runs: Sequence[Mapping[str, Any]], budget: float, steps: int) -> dict[str, Any]:
-    """The best that is ours, with few steps, against all others of a budget."""
-    variants = {run["variant"] for run in runs if run["budget"] == budget}
-    ours = f"ours{DISTILLED}" if f"ours{DISTILLED}" in variants else "ours"
-    return {"ours": ours, "others": ahead_of(runs, budget, steps, ours)}
 
 
 def earlier_sheets(target: Path) -> dict[str, list[str]]:

@@ -126,14 +126,12 @@ def _tail(report: Report) -> Iterator[str]:
     yield "## Where the dense model can leave steps out instead"
     yield ""
     yield f"The dense model by its number of steps: {by_steps}."
-    for steps, as_good in knee["dense_steps_as_good_as_ours"].items():
-        paid = knee["dense_steps_that_the_budget_pays_for"][steps]
-        said = (
-            f"{as_good} dense steps are as good"
-            if as_good
-            else "no measured number of dense steps is as good"
+    for ours in knee["ours"]:
+        yield (
+            f"{ours['variant'].capitalize()}, with {ours['steps']} steps costs as much as {ours['dense_steps_paid_for']:.1f} "
+            f"dense steps; as good are {ours['dense_steps_as_good'] or 'more than the measured'} dense steps"
+            + (f", {ours['dense_steps_worse']} are not." if ours["dense_steps_worse"] else ".")
         )
-        yield (f"Ours with {steps} steps costs as much as {paid:.1f} dense steps; {said}.")
     yield ""
     yield "![KID against MACs](pictures/quality_against_macs.png)"
     for name, variants in report["sheets_top_to_bottom"].items():

@@ -6,8 +6,11 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from benchmarks.quality.settings import DISTILLED
+
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
 HEADLINE = "kid_x1000"
+OURS = ("ours", "ours" + DISTILLED)
 Run = Mapping[str, Any]
 
 
@@ -21,6 +24,16 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= {"seeds": len(mine), "steps_taken": mine[0]["steps_taken"]}
         rows.append(row | {name: _spread(mine, name) for name in FIGURES})
     return rows
+
+
+def best_of_ours(runs: Sequence[Run], budget: float, steps: int) -> str:
+    """The variant that stands for ours in generation: steps distilled where that was run; "" where none was."""
+    found = {
+        run["variant"]
+        for run in runs
+        if (run["task"], run["budget"], run["steps"]) == ("generation", budget, steps)
+    }
+    return max(found.intersection(OURS), key=OURS.index, default="")
 
 
 def ahead_of(
@@ -76,23 +89,32 @@ def _all_below(ours: Collection[float], theirs: Collection[float]) -> bool | Non
 
 
 def knee(rows: Sequence[Run], budget: float) -> dict[str, Any]:
-    """How the dense model's score falls with its steps, and how many of them are as good as ours."""
+    """How the dense model's score falls with its steps, and how many of them are as good as ours at a budget.
+
+    Returns:
+        ``dense_by_steps``, and for every row of ours its score, the dense steps that its MACs pay for, the largest number
+        of dense steps that is worse than it, and the smallest that is as good; None where none was measured.
+    """
     dense = {row["steps"]: row[HEADLINE]["mean"] for row in rows if row["variant"] == "dense"}
-    ours = {
-        row["steps"]: row[HEADLINE]["mean"]
-        for row in rows
-        if row["variant"] == "ours" and row["budget"] == budget
-    }
-    as_good = {
-        steps: min((s for s, value in dense.items() if value <= mine), default=None)
-        for steps, mine in ours.items()
-    }
-    return {
-        "dense_by_steps": dict(sorted(dense.items())),
-        "ours_by_steps": ours,
-        "dense_steps_as_good_as_ours": as_good,
-        "dense_steps_that_the_budget_pays_for": {steps: budget * steps for steps in ours},
-    }
+    ours = []
+    for row in rows:
+        if row["variant"] in OURS and row["budget"] == budget:
+            mine = row[HEADLINE]["mean"]
+            ours.append(
+                {
+                    "variant": row["variant"],
+                    "steps": row["steps"],
+                    "score": mine,
+                    "dense_steps_paid_for": budget * row["steps"],
+                    "dense_steps_worse": max(
+                        (s for s in dense if dense[s] > mine), default=None
+                    ),
+                    "dense_steps_as_good": min(
+                        (s for s in dense if dense[s] <= mine), default=None
+                    ),
+                }
+            )
+    return {"dense_by_steps": dict(sorted(dense.items())), "ours": ours}
 
 
 def _spread(found: Sequence[Run], name: str) -> dict[str, float] | None:

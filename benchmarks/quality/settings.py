@@ -53,6 +53,7 @@ ROUTED |= {
         "uniform (Mixture-of-Depths)",
         "blocks dropped",
         "random router",
+        "ratios from measured errors",
     )
 }
 # Share of the training steps that all others have.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.quality.job import Job
 from benchmarks.quality.jobs import AT_A_BUDGET
+from benchmarks.quality.table import OURS
 from diffcr_compile.report import write_sample_sheet
 
 COLUMNS = 10
@@ -23,7 +24,7 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(10, 4.5))
     axes.set_prop_cycle(
         color=plt.get_cmap("tab20").colors
     )  # more variants than the default has colours
@@ -36,15 +37,13 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
             [row["kid_x1000"]["mean"] - row["kid_x1000"]["min"] for row in mine],
             [row["kid_x1000"]["max"] - row["kid_x1000"]["mean"] for row in mine],
         ]
-        bold = variant == "ours"
-        axes.errorbar(
-            x, y, spread, marker="o", capsize=3, lw=2.5 if bold else 1, label=variant
-        )
+        bold = {"lw": 2.5, "zorder": 3} if variant in OURS else {"lw": 1}
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=variant, **bold)
     axes.set_xlabel("MACs of the sampling loop, % of dense")
     axes.set_ylabel("KID x 1000, lower is better")
     axes.set_yscale("log")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

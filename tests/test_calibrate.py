@@ -145,10 +145,8 @@ def test_a_scheduler_that_keeps_the_state_at_the_noises_scale(cases) -> None:
         assert torch.equal(found.inputs["hidden_states"][rows], scaled)
         assert torch.equal(found.target[rows], output)
         state = scheduler.step(output, timestep, state).prev_sample
-    start = found.inputs["hidden_states"][:2]
-    assert (
-        0.5 < float(start.std()) < 2
-    )  # the state that it is made from is a hundred times as large
+    # the state that it is made from is a hundred times as large
+    assert 0.5 < float(found.inputs["hidden_states"][:2].std()) < 2
 
 
 @pytest.mark.parametrize("kind", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])

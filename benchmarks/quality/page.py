@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.settings import DISTILLED
+from benchmarks.quality.table import OUR_VARIANTS
 
 Report = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "docs/quality.md"
@@ -108,7 +109,7 @@ def _row(row: Mapping[str, Any], by_seed: Sequence[float]) -> str:
         note = ": the dense model" if base == "dense" else f": {NOTES[base]}"
     if row["steps_taken"] != row["steps"]:
         note += f", {row['steps_taken']} steps"
-    label = f"**{name}**" if base == "ours" else name
+    label = f"**{name}**" if name in OUR_VARIANTS else name
     decibels = f"{psnr['mean']:.1f}" if psnr else "–"
     less = ", ".join(f"{difference:+.1f}" for difference in by_seed) or "–"
     return (
@@ -128,7 +129,7 @@ def _tail(report: Report) -> Iterator[str]:
     yield f"The dense model by its number of steps: {by_steps}."
     for ours in knee["ours"]:
         yield (
-            f"{ours['variant'].capitalize()}, with {ours['steps']} steps costs as much as {ours['dense_steps_paid_for']:.1f} "
+            f"*{ours['variant'].capitalize()}* with {ours['steps']} steps costs as much as {ours['dense_steps_paid_for']:.1f} "
             f"dense steps; as good are {ours['dense_steps_as_good'] or 'more than the measured'} dense steps"
             + (f", {ours['dense_steps_worse']} are not." if ours["dense_steps_worse"] else ".")
         )

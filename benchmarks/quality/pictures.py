@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.quality.job import Job
 from benchmarks.quality.jobs import AT_A_BUDGET
-from benchmarks.quality.table import OURS
+from benchmarks.quality.table import OUR_VARIANTS
 from diffcr_compile.report import write_sample_sheet
 
 COLUMNS = 10
@@ -37,7 +37,7 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
             [row["kid_x1000"]["mean"] - row["kid_x1000"]["min"] for row in mine],
             [row["kid_x1000"]["max"] - row["kid_x1000"]["mean"] for row in mine],
         ]
-        bold = {"lw": 2.5, "zorder": 3} if variant in OURS else {"lw": 1}
+        bold = {"lw": 2.5, "zorder": 3} if variant in OUR_VARIANTS else {"lw": 1}
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=variant, **bold)
     axes.set_xlabel("MACs of the sampling loop, % of dense")
     axes.set_ylabel("KID x 1000, lower is better")

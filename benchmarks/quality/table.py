@@ -10,7 +10,7 @@ from benchmarks.quality.settings import DISTILLED
 
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
 HEADLINE = "kid_x1000"
-OURS = ("ours", "ours" + DISTILLED)
+OUR_VARIANTS = ("ours", "ours" + DISTILLED)
 Run = Mapping[str, Any]
 
 
@@ -33,7 +33,7 @@ def best_of_ours(runs: Sequence[Run], budget: float, steps: int) -> str:
         for run in runs
         if (run["task"], run["budget"], run["steps"]) == ("generation", budget, steps)
     }
-    return max(found.intersection(OURS), key=OURS.index, default="")
+    return max(found.intersection(OUR_VARIANTS), key=OUR_VARIANTS.index, default="")
 
 
 def ahead_of(
@@ -98,7 +98,7 @@ def knee(rows: Sequence[Run], budget: float) -> dict[str, Any]:
     dense = {row["steps"]: row[HEADLINE]["mean"] for row in rows if row["variant"] == "dense"}
     ours = []
     for row in rows:
-        if row["variant"] in OURS and row["budget"] == budget:
+        if row["variant"] in OUR_VARIANTS and row["budget"] == budget:
             mine = row[HEADLINE]["mean"]
             ours.append(
                 {

@@ -57,6 +57,32 @@ def test_singular_values_become_nearly_equal() -> None:
         assert values.max() < 1.25
 
 
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """One matrix in double precision, as Jordan et al. 2024 write it."""
+    x = matrix.double()
+    x = x if x.shape[0] <= x.shape[1] else x.T
+    x = x / x.norm()
+    for _ in range(muon.STEPS):
+        gram = x @ x.T
+        x = muon.A * x + (muon.B * gram + muon.C * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 6, 24), (3, 24, 6)])
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_without_bfloat16_the_arithmetic_is_float32(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], has_bfloat16: bool
+) -> None:
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: has_bfloat16)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(given)
+    expected = torch.stack([newton_schulz(matrix) for matrix in given])
+    assert found.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    # eps of the type, times 5 steps that multiply an error by A = 3.4 at the most, and some for the sums
+    tolerance = 0.1 if has_bfloat16 else 1e-4
+    assert float((found.double() - expected).norm() / expected.norm()) < tolerance
+
+
 def test_a_stack_holds_equal_shapes_and_every_matrix_once() -> None:
     trained = matrices()
     found = list(stacks(trained))

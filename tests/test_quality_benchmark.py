@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 import diffcr_compile as dcr
 from benchmarks.quality import merging, paper
 from benchmarks.quality.jobs import jobs
+from benchmarks.quality.narrow_products import emulated_products
 from benchmarks.quality.reuse import StepReuse
 from benchmarks.quality.settings import SMOKE, Scale
 from benchmarks.quality.table import ahead_of, best_of_ours, knee, summarise
@@ -25,6 +28,52 @@ TOKENS = merging.GRID**2
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+# ------------------------------------------------------------------------- bfloat16 products
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    library = emulated_products()
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_products_are_those_of_bfloat16_operands() -> None:
+    """Output and both gradients against double precision on operands that were rounded before."""
+    x, w = (
+        torch.randn(s, generator=generator(), requires_grad=True) for s in ((9, 64), (32, 64))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nn.functional.linear(x, w)
+    above = torch.randn(found.shape, generator=generator()).bfloat16()
+    found.backward(above)
+    a, b, g = (t.detach().bfloat16().double() for t in (x, w, above))
+    assert found.dtype == torch.bfloat16
+    for mine, exact in ((found, a @ b.T), (x.grad, g @ b), (w.grad, g.T @ a)):
+        assert mine is not None
+        # half a unit in the last of 8 bits, and a little for sums in float32
+        assert ((mine.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", ["matmul", "addmm", "bmm", "conv2d", "attention"])
+def test_every_emulated_product_is_the_one_it_stands_for(name: str) -> None:
+    call, shapes = {
+        "matmul": (torch.matmul, ((2, 8, 16), (16, 4))),
+        "addmm": (torch.addmm, ((8, 4), (8, 16), (16, 4))),
+        "bmm": (torch.bmm, ((2, 8, 16), (2, 16, 4))),
+        "conv2d": (partial(torch.conv2d, stride=2), ((2, 3, 8, 8), (4, 3, 2, 2))),
+        "attention": (nn.functional.scaled_dot_product_attention, ((2, 2, 8, 4),) * 3),
+    }[name]
+    given = [torch.randn(shape, generator=generator()) for shape in shapes]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(*given)
+    exact = call(*(t.bfloat16().double() for t in given))
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------ merged tokens

@@ -13,7 +13,12 @@ import torch
 
 from benchmarks.quality.case import Case
 from benchmarks.quality.jobs import run
+from benchmarks.quality.narrow_products import emulated_products
 from benchmarks.quality.states import make_states
+from diffcr_compile.calibrate.muon import has_bfloat16
+
+# Kernels are registered for as long as their library is held.
+_held: list[torch.library.Library] = []
 
 
 def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -> None:
@@ -28,7 +33,7 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
         deadline: of ``time.monotonic``; no run is begun after it.
     """
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, spawn, _one_thread) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, _begin) as pool:
         waiting = [case for group in groups for case in group if not case.done]
         compared_with = {case.job.dense: case for case in waiting}
         dense = [dataclasses.replace(case, job=job) for job, case in compared_with.items()]
@@ -46,8 +51,10 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
             print(future.result(), flush=True)
 
 
-def _one_thread() -> None:
+def _begin() -> None:
     torch.set_num_threads(1)
+    if not has_bfloat16(torch.device("cpu")):
+        _held.append(emulated_products())
 
 
 def _run(case: Case, deadline: float) -> str:

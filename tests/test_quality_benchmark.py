@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -348,6 +352,40 @@ def test_ours_is_the_one_with_distilled_steps_where_it_was_run() -> None:
     assert best_of_ours(both, 0.6, 8) == "ours, steps distilled"
     assert best_of_ours(both[:1], 0.6, 8) == "ours"
     assert best_of_ours(both, 0.42, 8) == ""
+
+
+POOL_OF_ONE = """
+import concurrent.futures, multiprocessing, os, time
+from benchmarks.quality import pool
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, pool._begin) as workers:
+        print(workers.submit(os.getpid).result(), flush=True)
+        workers.submit(time.sleep, 600).result()
+"""
+
+
+def test_runs_end_with_the_comparison_that_began_them(tmp_path: Path) -> None:
+    script = tmp_path / "pool_of_one.py"
+    script.write_text(POOL_OF_ONE)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert runs(worker)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(worker)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, other than one that ended and waits to be asked how."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 @pytest.mark.soak

@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks.quality.settings import DISTILLED
 from benchmarks.quality.table import OUR_VARIANTS
+from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
 Report = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "docs/quality.md"
 SMALL = 10  # from here down figures have two digits
 INPAINTING = (
-    "One rectangle of each held-out image is painted anew, 10 to 20 of 32 pixels high and wide, and what is known is put "
-    "back before scoring, so that all figures are smaller than above."
+    f"One rectangle of each held-out image is painted anew, {SMALLEST} to {LARGEST} of 32 pixels high and wide, and what is "
+    "known is put back before scoring, so that all figures are smaller than above."
 )
 NOTES = {
     "ours": "learned routers and keep ratios (gradients), this project's calibration",

@@ -455,6 +455,23 @@ def test_large_rollouts_and_little_memory_are_named(
     assert not any("this machine" in line for line in advise(plan, set(), CompileConfig()))
 
 
+def test_bfloat16_that_a_cpu_does_not_multiply_is_said_before_the_training(
+    dit_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(precision: str, fast: bool, devices: set[str], steps: int = 10) -> str:
+        monkeypatch.setattr(
+            "diffcr_compile.planning.advice.fast_bfloat16", lambda device: fast
+        )
+        config = make_config({"calibration": {"precision": precision, "steps": steps}})
+        return "\n".join(advise(dit_plan, {"float32"}, config, devices))
+
+    assert "calibration.precision=fp32" in lines("bf16", False, {"cpu"})
+    assert "bfloat16 instructions" not in lines("bf16", True, {"cpu"})
+    assert "bfloat16 instructions" not in lines("bf16", False, {"cuda"})
+    assert "bfloat16 instructions" not in lines("fp32", False, {"cpu"})
+    assert "bfloat16 instructions" not in lines("bf16", False, {"cpu"}, steps=0)
+
+
 # ------------------------------------------------------------------ JSON, text, command line
 
 

@@ -16,7 +16,7 @@ from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import DISTILLED, ROUTED, Scale
 from benchmarks.quality.variants import build
-from diffcr_compile.calibrate.muon import has_bfloat16
+from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
 
 SHEET = 40  # images that are kept for the sample sheets
 # At every budget, in the order of the table.
@@ -106,6 +106,6 @@ def made_where(device: str) -> dict[str, str]:
     """Device, version of torch and day of a run: a table may be put together from several machines."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     made = {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    if not has_bfloat16(torch.device(device)):
+    if not fast_bfloat16(device):
         made["bfloat16_products"] = "in float32"
     return made

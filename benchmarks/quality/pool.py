@@ -17,7 +17,7 @@ from benchmarks.quality.case import Case
 from benchmarks.quality.jobs import run
 from benchmarks.quality.narrow_products import emulated_products
 from benchmarks.quality.states import make_states
-from diffcr_compile.calibrate.muon import has_bfloat16
+from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
 
 # Kernels are registered for as long as their library is held.
 _held: list[torch.library.Library] = []
@@ -55,7 +55,7 @@ def run_all(groups: Sequence[Sequence[Case]], processes: int, deadline: float) -
 
 def _begin() -> None:
     torch.set_num_threads(1)
-    if not has_bfloat16(torch.device("cpu")):
+    if not fast_bfloat16("cpu"):
         _held.append(emulated_products())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

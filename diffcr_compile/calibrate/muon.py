@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
+
 MOMENTUM = 0.95
 STEPS, EPS = 5, 1e-7
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -74,14 +76,6 @@ def stacks(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
             yield positions[start : start + most]
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are fast there. A CPU without instructions for them takes tens of times as long."""
-    if device.type != "cpu":
-        return True
-    with_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return with_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest matrices with equal singular values, roughly: (S, rows, columns) -> the same.
 
@@ -89,7 +83,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     where that is faster.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
+    x = matrices.to(torch.bfloat16 if fast_bfloat16(matrices.device) else torch.float32)
     x = x if wide else x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(STEPS):

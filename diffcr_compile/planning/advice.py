@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.planning.targets import ROUTING_OPS
 
@@ -18,19 +19,23 @@ POOR_BREAK_EVEN = 0.8
 GIGABYTE = 1_000_000_000
 
 
-def advise(plan: Plan, dtypes: Collection[str], config: CompileConfig) -> tuple[str, ...]:
+def advise(
+    plan: Plan, dtypes: Collection[str], config: CompileConfig, devices: Collection[str] = ()
+) -> tuple[str, ...]:
     """What to do, most important first.
 
     Args:
         plan: without recommendations.
         dtypes: floating types of the model's weights.
         config: of the compilation that is planned.
+        devices: types of those that the model lies on, on which it would be trained.
     """
     return (
         *_can_it_run(plan),
         *_limits(plan, dtypes, config),
         *_is_it_worth_it(plan),
         *_does_it_fit(plan, config),
+        *_does_it_last(config, devices),
     )
 
 
@@ -130,6 +135,15 @@ def _does_it_fit(plan: Plan, config: CompileConfig) -> Iterator[str]:
             f"teacher rollouts take {rollouts / GIGABYTE:.1f} GB ({states:,} states of "
             f"{rollouts / states / 1e6:.2f} MB): --set rollouts.trajectories to less than "
             f"{config.rollouts.trajectories}"
+        )
+
+
+def _does_it_last(config: CompileConfig, devices: Collection[str]) -> Iterator[str]:
+    wanted = config.calibration.precision == "bf16" and config.calibration.steps > 0
+    if wanted and "cpu" in devices and not fast_bfloat16("cpu"):
+        yield (
+            "this CPU has no bfloat16 instructions, so that training steps take many times as long as in "
+            "float32: --set calibration.precision=fp32, or move the model to a GPU"
         )
 
 

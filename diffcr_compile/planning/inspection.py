@@ -230,7 +230,8 @@ def make_plan(
         recommendations=(),
     )
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
-    return dataclasses.replace(plan, recommendations=advise(plan, dtypes, config))
+    devices = {t.device.type for t in tensors}
+    return dataclasses.replace(plan, recommendations=advise(plan, dtypes, config, devices))
 
 
 def _costs(seen: DryRun, config: CompileConfig) -> tuple[CostTable | None, CostTable | None]:

@@ -200,10 +200,59 @@ def test_projection_meets_the_budget_within_the_range(cases, seed: int, budget: 
     learner.project(budget)
     assert np.all((learner.values >= 0.25) & (learner.values <= 1.0))
     assert learner.cost() == pytest.approx(budget, abs=1e-6)
-    # one shift for all: those that hit no wall have moved equally
+    # one shift for all of equal cost: those that hit no wall have moved equally
     free = (learner.values > 0.25) & (learner.values < 1.0)
     shifts = (values - learner.values)[free]
     assert len(shifts) == 0 or np.ptp(shifts) < 1e-6
+
+
+@pytest.mark.parametrize("per", ["block_and_bucket", "block"])
+def test_ratios_rest_where_a_bit_of_cost_is_worth_equally_much_everywhere(
+    cases, per: str
+) -> None:
+    """Blocks that cost differently, each with a loss of worth * (1 - ratio)^2 / 2.
+
+    Lagrange: worth * (1 - ratio) = multiplier * slope of the cost, so with linear costs the answer is known.
+    """
+    levels, dearness = tuple(range(0, 65, 4)), np.array([1.0, 4.0, 2.0])
+    names = [spec.name for spec in cases("dit").routed.blocks]
+    assert len(names) == len(dearness)
+    per_level = {n: tuple(d * k for k in levels) for n, d in zip(names, dearness, strict=True)}
+    none = {name: (0.0,) * len(levels) for name in names}
+    costs = CostTable(dict.fromkeys(names, levels), per_level, none, none, outer=0.0)
+    learner = RatioLearner(cases("dit").routed, costs, BUCKETS, two_bin=False, per=per)
+    worth = np.array([2.0, 4.0, 3.0])
+    for step in range(400):
+        bucket, per_bin = step % len(BUCKETS), levels[1] / levels[-1]
+        learner.project(0.6)
+        learner.attach(bucket)
+        slopes = -worth * (1 - learner.values[:, bucket])
+        for blend, slope in zip(learner.blends, slopes, strict=True):
+            blend.grad = torch.tensor(float(slope * per_bin))
+        learner.step(bucket, 0.04 * (1 - step / 400))
+    learner.project(0.6)
+    multiplier = 0.4 * dearness.sum() / (dearness**2 / worth).sum()
+    expected = 1 - multiplier * dearness / worth
+    assert np.all((expected > 0.2) & (expected < 0.9))  # no wall is in the way
+    # The last steps are small, and of a common size: what is left is far below a level (1/16).
+    assert np.abs(learner.values - expected[:, None]).max() < 0.01
+    with keeping(cases("dit"), {}):
+        pass  # the shared program keeps all tokens again
+
+
+@pytest.mark.parametrize("per", ["bucket", "model"])
+def test_blocks_that_share_a_ratio_are_shifted_alike_whatever_they_cost(
+    cases, per: str
+) -> None:
+    case = cases("dit")
+    costs = measure_costs(case.routed, 8, 0.25)
+    first = case.routed.blocks[0].name
+    dear = {**costs.per_level, first: tuple(5 * c for c in costs.per_level[first])}
+    costs = dataclasses.replace(costs, per_level=dear)
+    learner = RatioLearner(case.routed, costs, BUCKETS, two_bin=False, per=per)
+    learner.project(0.7)
+    assert np.ptp(learner.values) == 0
+    assert learner.cost() == pytest.approx(0.7, abs=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.25, 0.5, 0.6, 1.0])

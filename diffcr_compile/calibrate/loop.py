@@ -139,7 +139,7 @@ def run_calibration(
             costs,
             buckets,
             two_bin=config.estimator == "two_bin",
-            per=config.ratios_per,
+            per="model" if config.ratios == "uniform" else config.ratios_per,
         )
         search = RatioSearch(learner, config, budget)
         run = Run(program, dense, states, by_bucket, config, search, ranks, measuring)

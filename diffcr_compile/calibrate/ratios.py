@@ -1,9 +1,10 @@
 """Learn keep ratios under an exact budget.
 
-The ratios are a plain array that is *projected* after every step: all of them are shifted by one
-amount so that the schedule costs exactly the current budget, and each stays in its range. No
-ratio can leave its range and get stuck there (a clamp inside the loss has gradient zero outside),
-and there is no budget weight to tune: the gradients only decide who gets what share.
+The ratios are a plain array that is *projected* after every step: all of them are shifted, each by as
+much as a token of its block costs, so that the schedule costs exactly the current budget, and each
+stays in its range. No ratio can leave its range and get stuck there (a clamp inside the loss has
+gradient zero outside), and there is no budget weight to tune: ratios come to rest where the last
+bit of cost is worth equally much in every block.
 
 Gradient of a ratio (``boundary``): the tokens ranked between the two bins around the ratio are
 processed too, and their residual is weighted by how far the ratio has come from the lower to the
@@ -30,8 +31,10 @@ from diffcr_compile.schedule import (
 )
 
 MOMENTUM = 0.9
-RatiosPer = Literal["block_and_bucket", "block", "bucket"]
+RatiosPer = Literal["block_and_bucket", "block", "bucket", "model"]
 _BISECTIONS = 60
+# Of a mean block's slope. A measured block may take as long with few tokens as with all.
+_LEAST_SLOPE = 0.1
 
 
 class RatioLearner:
@@ -40,6 +43,8 @@ class RatioLearner:
     Attributes:
         values: (blocks, buckets) keep ratios, each in [smallest level / N, 1].
         momentum: (blocks, buckets) running mean of the gradients.
+        slopes: (blocks, 1) what a block's ratio costs from its lowest level to 1, relative to the mean block;
+            all 1 where blocks share a ratio.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class RatioLearner:
         self.values: Floats = np.ones((len(self.names), len(buckets)))
         self.momentum: Floats = np.zeros_like(self.values)
         self.lowest = np.array([costs.levels[n][0] / costs.levels[n][-1] for n in self.names])
+        self.slopes: Floats = self._slopes()
         self._selectors = list(program.module.selectors.values())
         self._blends: list[Tensor | None] = [None] * len(self.names)
 
@@ -70,8 +76,11 @@ class RatioLearner:
         return total / self.costs.dense
 
     def project(self, budget: float) -> None:
-        """Shift all ratios by one amount, within their ranges, so that they cost `budget`."""
-        low, high = -1.0, 1.0  # how far to shift down
+        """Shift all ratios in proportion to `slopes`, within their ranges, so that they cost `budget`."""
+        high = 1 / float(
+            self.slopes.min()
+        )  # how far to shift down; here all are at their lowest
+        low = -high
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             if self.cost(self._shifted(middle)) > budget:
@@ -92,7 +101,19 @@ class RatioLearner:
         self.values = 1 - far * (1 - target)
 
     def _shifted(self, amount: float) -> Floats:
-        return np.clip(self.values - amount, self.lowest[:, None], 1.0)
+        return np.clip(self.values - amount * self.slopes, self.lowest[:, None], 1.0)
+
+    def _slopes(self) -> Floats:
+        slopes = np.ones((len(self.names), 1))
+        if self.per in ("bucket", "model"):
+            return slopes
+        # Over the whole range: from level to level a measured cost is a staircase.
+        free = np.flatnonzero(self.lowest < 1)
+        costs = [self.costs.per_level[self.names[row]] for row in free]
+        found = np.array([cost[-1] - cost[0] for cost in costs]) / (1 - self.lowest[free])
+        if len(free) and found.mean() > 0:
+            slopes[free, 0] = np.maximum(found / found.mean(), _LEAST_SLOPE)
+        return slopes
 
     def attach(self, bucket: int) -> None:
         """Let every selector keep the tokens of one bucket's column, ready for a gradient."""
@@ -144,7 +165,7 @@ class RatioLearner:
             return np.broadcast_to((cells @ weights)[:, None], cells.shape)
         if self.per == "bucket":
             return np.broadcast_to(cells.mean(0, keepdims=True), cells.shape)
-        return cells
+        return cells if self.per == "block_and_bucket" else np.full_like(cells, cells.mean())
 
     def keep(self, schedule: TokenSchedule, bucket: int) -> None:
         """Let every selector keep exactly what the schedule says."""

@@ -16,7 +16,7 @@ from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import DISTILLED, ROUTED, Scale
 from benchmarks.quality.variants import build
-from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
+from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 SHEET = 40  # images that are kept for the sample sheets
 # At every budget, in the order of the table.

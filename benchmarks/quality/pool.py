@@ -17,7 +17,7 @@ from benchmarks.quality.case import Case
 from benchmarks.quality.jobs import run
 from benchmarks.quality.narrow_products import emulated_products
 from benchmarks.quality.states import make_states
-from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
+from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 # Kernels are registered for as long as their library is held.
 _held: list[torch.library.Library] = []

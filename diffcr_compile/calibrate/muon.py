@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
+from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 MOMENTUM = 0.95
 STEPS, EPS = 5, 1e-7

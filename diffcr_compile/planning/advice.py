@@ -7,8 +7,8 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from diffcr_compile.calibrate.fast_bfloat16 import fast_bfloat16
 from diffcr_compile.config import CompileConfig
+from diffcr_compile.fast_bfloat16 import fast_bfloat16
 from diffcr_compile.planning.targets import ROUTING_OPS
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffcr_compile import bench
+from diffcr_compile.asked import Until, asked_for
 from diffcr_compile.attachments import checkpointing_off, prepared
-from diffcr_compile.budgets import budget_costs, budget_identity, cost_table
+from diffcr_compile.budgets import budget_costs, cost_table
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
-from diffcr_compile.carry_over import carry_over, read_learned, with_routing_of
+from diffcr_compile.carry_over import carry_over
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
@@ -53,7 +54,6 @@ from diffcr_compile.resumable import (
     workspace_of,
 )
 from diffcr_compile.runtime import load
-from diffcr_compile.runtime.backend import check_provider
 from diffcr_compile.schedule import TokenSchedule, check_budget
 from diffcr_compile.stages import (
     Data,
@@ -301,7 +301,7 @@ def compile(
     evaluate: Evaluate | None = None,
     name: str | None = None,
     progress: Event | None = None,
-    until: Literal["calibrate", "freeze", "export"] | None = None,
+    until: Until | None = None,
 ) -> Artifact:
     """Capture, route, calibrate, freeze, export, validate, benchmark, report.
 
@@ -334,20 +334,8 @@ def compile(
     Raises:
         UnsupportedModelError, BudgetError, UsageError, ArtifactError, AccuracyError: see each stage.
     """
-    config = config or CompileConfig()
-    # before hours of work: a wrong name, and no ONNX Runtime to compare the graphs in
-    find_targets(config.export.target)
-    if until not in ("calibrate", "freeze"):
-        check_provider("cpu")
-    learned = None if learned_from is None else read_learned(Path(learned_from))
-    if learned is not None:
-        config = with_routing_of(learned, config)
-        config = config.with_run("argument", learned_from=str(learned_from))
-        budget = budget or learned.schedule.asked
-    budget = budget or "60%"
-    share = parse_budget(budget)
-    if config.run.budget is None:
-        config = config.with_run("budget argument", budget=str(budget))
+    asked = asked_for(config or CompileConfig(), budget, learned_from, until)
+    config, share, learned = asked.config, asked.share, asked.learned
     model, example_inputs, runs = open_model(
         model, example_inputs, pipeline_inputs, component, config.rollouts.steps
     )
@@ -371,8 +359,8 @@ def compile(
             costs = cost_table(routed, config.routing)
             priced = budget_costs(routed, config)
             check_budget(priced, share)
-        settings, metered = calibration_settings(config), budget_identity(config.budget)
-        key = fingerprint(identity, share, settings, metered, data is not None)
+        settings = calibration_settings(config)
+        key = fingerprint(identity, share, settings, asked.metered, data is not None)
         if learned is not None:
             key = fingerprint(key, sha256_file(learned.folder / MANIFEST_FILE))
         given = runs if data is None else data

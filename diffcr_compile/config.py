@@ -337,6 +337,9 @@ class CompileConfig(_Section):
         return self
 
 
+DEFAULT_BUDGET = "60%"
+
+
 def parse_budget(budget: float | str) -> float:
     """``"60%"``, ``"0.6"`` or ``0.6`` -> 0.6, a share of the dense model's cost.
 
@@ -406,8 +409,9 @@ def load_config(
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if path is not None:
-        if not path.exists():
-            raise UsageError(f"the configuration file {path} does not exist", code="DCR-U011")
+        if not path.is_file():
+            what = "is no file" if path.exists() else "does not exist"
+            raise UsageError(f"the configuration file {path} {what}", code="DCR-U011")
         try:
             data = read_yaml(path) or {}
         except ValueError as error:

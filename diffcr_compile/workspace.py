@@ -42,7 +42,7 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with disk_errors_in_words(folder):
-            _check_ours(folder)
+            check_ours(folder)
             self._lock = take_lock(folder)
             try:
                 remove_leftovers(folder)
@@ -98,27 +98,36 @@ class Workspace:
         return {name: record["peak_rss_bytes"] for name, record in self.records.items()}
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        path = self.folder / STAGES_FILE
-        if not path.exists():
-            self.records = {}
-            self._write()
-            return {}
-        try:
-            found: Any = read_json(path)
-            if not isinstance(found, dict) or not all(map(_is_record, found.values())):
-                raise ValueError(
-                    "it does not hold key, seconds and peak_rss_bytes of each stage"
-                )
-        except ValueError as error:
-            raise ArtifactError(
-                f"{path} cannot be read: {error}. Delete it to run every stage again.",
-                code="DCR-A002",
-            ) from error
-        records: dict[str, dict[str, Any]] = found
-        return records
+        if (self.folder / STAGES_FILE).exists():
+            return read_records(self.folder)
+        self.records = {}
+        self._write()
+        return {}
 
     def _write(self) -> None:
         self.write_text(STAGES_FILE, json.dumps(self.records, indent=1))
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Key, seconds and peak memory of each stage that was finished in a folder; none where none began.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = folder / STAGES_FILE
+    if not path.exists():
+        return {}
+    try:
+        found: Any = read_json(path)
+        if not isinstance(found, dict) or not all(map(_is_record, found.values())):
+            raise ValueError("it does not hold key, seconds and peak_rss_bytes of each stage")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Delete it to run every stage again.",
+            code="DCR-A002",
+        ) from error
+    records: dict[str, dict[str, Any]] = found
+    return records
 
 
 def _is_record(record: Any) -> bool:
@@ -130,8 +139,18 @@ def _is_record(record: Any) -> bool:
     )
 
 
-def _check_ours(folder: Path) -> None:
-    """Raise unless a folder is new, empty, or one of diffcr's."""
+def check_ours(folder: Path) -> None:
+    """Whether an artifact may be written there.
+
+    Raises:
+        UsageError: it is no folder, or holds something else than an artifact.
+    """
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise UsageError(
+            f"the artifact cannot be written into {folder}: {above} is a file. Name a new folder.",
+            code="DCR-U016",
+        )
     if not folder.exists() or (folder / STAGES_FILE).exists():
         return
     names = sorted(path.name for path in folder.iterdir())

@@ -151,6 +151,49 @@ def test_the_dry_run_of_a_compilation_says_what_it_would_do(
     assert "blocks would be routed" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ("--budget 60", 2, "budget must be in"),
+        ("--budget abc", 2, "budget must be like"),
+        ("--budget 5%", 2, "smallest reachable budget"),
+        ("--budget=", 2, "budget must be like"),
+        ("--set routing.timestep_high=0", 2, "DCR-U032"),
+        ("--set export.target=nosuch", 2, "nosuch"),
+        ("--set export.cfg=batched --set export.batch=3", 0, ""),
+        ("--learned-from nosuch", 7, "nosuch"),
+        ("-o file/sub", 2, "file is a file"),
+        ("-o file", 2, "file is a file"),
+        ("-o foreign", 2, "not made by diffcr"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    arguments: str, status: int, words: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("foreign").mkdir()
+    Path("foreign/mine").write_text("")
+    before = tree(tmp_path)
+    assert run(monkeypatch, "compile", TINY, *arguments.split(), "--dry-run") == status
+    assert words in " ".join(capsys.readouterr().err.split())
+    if status:  # and the run itself refuses it alike, before any work
+        assert run(monkeypatch, "compile", TINY, *arguments.split()) == status
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert "budget" in arguments or tree(tmp_path) == before
+
+
+def test_damaged_stages_are_named_by_the_dry_run_too(
+    staged: Path, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(staged, tmp_path / "out")
+    (tmp_path / "out/stages.json").write_text('{"capture": ')
+    assert run(monkeypatch, "freeze", str(tmp_path / "out"), "--dry-run") == 7
+    assert "DCR-A002" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- init and its schema
 
 

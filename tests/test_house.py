@@ -195,7 +195,7 @@ def test_python_range_extras_and_console_script() -> None:
     project = _load_pyproject()["project"]
     assert project["requires-python"] == ">=3.10"
     assert set(project["optional-dependencies"]) == EXTRAS
-    assert project["scripts"] == {"diffcr": "diffcr_compile.cli:main"}
+    assert project["scripts"] == {"diffcr": "diffcr_compile.__main__:run"}
 
 
 def test_installed_version_is_the_projects() -> None:

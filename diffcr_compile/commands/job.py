@@ -6,20 +6,19 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from diffcr_compile.commands.options import settings
 from diffcr_compile.commands.progress import progress
-from diffcr_compile.commands.terminal import note, print_json, say
+from diffcr_compile.commands.terminal import note, print_json, say, terminal
 from diffcr_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from diffcr_compile.api import Artifact
+    from diffcr_compile.asked import Until
     from diffcr_compile.config import CompileConfig
+    from diffcr_compile.planning.inspection import Plan
     from diffcr_compile.sources import Case
-
-DEFAULT_BUDGET = "60%"
-Until = Literal["calibrate", "freeze", "export"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Job:
             Path(run.inputs) if run.inputs else None,
             Path(run.pipeline_inputs) if run.pipeline_inputs else None,
             self.config.rollouts.steps,
+            terminal.verbosity >= 0,
         )
 
     def compile(self, until: Until | None = None, **options: Any) -> tuple[Artifact, float]:
@@ -75,16 +75,13 @@ class Job:
 
     def announce(self, stages: str, as_json: bool = False) -> None:
         """The dry run: what would be done and written, after a look at the model. Writes nothing."""
-        import diffcr_compile as dcr
+        from diffcr_compile.workspace import check_ours, read_records
 
-        case = self.load()
-        plan = dcr.inspect(case.model, case.inputs, self.config.routing)
-        done = [name for name in stages.split(", ") if name in _finished(self.out)]
+        check_ours(self.out)
+        finished = read_records(self.out)
+        plan, budget = self._checked()
+        done = [name for name in stages.split(", ") if name in finished]
         routed, refused = len(plan.blocks), len(plan.refused)
-        run = self.config.run
-        budget = run.budget or (
-            f"that of {run.learned_from}" if run.learned_from else DEFAULT_BUDGET
-        )
         if as_json:
             print_json(
                 {"model": self.source, "out": str(self.out), "stages": stages.split(", "), "finished": done,
@@ -99,6 +96,26 @@ class Job:
         before = f" (finished before: {', '.join(done)})" if done else ""
         say(f"stages: {stages}{before}")
         say("nothing was written")
+
+    def _checked(self) -> tuple[Plan, str]:
+        """What the compilation would find, and its budget, after all that it checks before it begins to work."""
+        import diffcr_compile as dcr
+        from diffcr_compile.asked import asked_for
+        from diffcr_compile.guidance import guidance_of
+        from diffcr_compile.opened import call_batch, open_model
+        from diffcr_compile.schedule import check_budget
+
+        run = self.config.run
+        asked = asked_for(self.config, run.budget, run.learned_from)
+        case = self.load()
+        _, inputs, runs = open_model(case.model, case.inputs, None, None)
+        guidance_of(runs, asked.config.export, call_batch(inputs))
+        plan = dcr.inspect(case.model, case.inputs, asked.config.routing)
+        # What a latency table promises for a model is known only where the model was routed.
+        if plan.costs and asked.config.budget.metric == "macs":
+            check_budget(plan.costs, asked.share)
+        assert asked.config.run.budget is not None
+        return plan, asked.config.run.budget
 
 
 def make_job(
@@ -117,6 +134,8 @@ def make_job(
     Raises:
         UsageError: nobody names the model.
     """
+    from diffcr_compile.config import DEFAULT_BUDGET
+
     chosen = settings(config, assignments, defaults).with_run(
         "flag",
         model=model,
@@ -159,13 +178,3 @@ def say_done(artifact: Artifact, seconds: float, what: str, following: str) -> N
     """One line for what was made, one for the command that goes on."""
     say(f"{what} in {seconds:.0f} s: {artifact.folder}")
     note(f"next: {following}")
-
-
-def _finished(out: Path) -> set[str]:
-    import json
-
-    path = out / "stages.json"
-    if not path.exists():
-        return set()
-    found: dict[str, Any] = json.loads(path.read_text())
-    return set(found)

@@ -50,6 +50,11 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
             raise CaptureError(
                 f"on {what} the captured graph does not run: {one_line(error)}"
             ) from error
+        if not all(bool(one.isfinite().all()) for one in expected):
+            raise CaptureError(
+                f"on {what} the model's own output holds NaN or infinite numbers, so that nothing can be compared "
+                "with it: mend its weights or the example inputs"
+            )
         if len(found) != len(expected):
             raise CaptureError(
                 f"on {what} the graph returns {len(found)} tensors, the model {len(expected)}"

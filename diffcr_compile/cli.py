@@ -6,9 +6,9 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from click.exceptions import Abort
+import typer
 
 from diffcr_compile.commands import (
     bench,
@@ -31,7 +31,7 @@ from diffcr_compile.commands import (
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.terminal import errors, terminal
 from diffcr_compile.durable import disk_error, is_disk_error
-from diffcr_compile.errors import INTERRUPTED, DiffCRError, one_line
+from diffcr_compile.errors import INTERRUPTED, DiffCRError, UsageError, one_line
 
 VERBS = (
     doctor,
@@ -69,18 +69,17 @@ def main() -> None:
         status = app(standalone_mode=False)
     except DiffCRError as error:
         _stop(error)
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _stop_interrupted()
     except Exception as error:  # noqa: BLE001 - no traceback unless it is asked for
         if isinstance(error, OSError) and is_disk_error(error):
             _stop(disk_error(error, Path.cwd()), error)
-        usage = getattr(error, "exit_code", None)  # click's own errors carry one
-        if usage is None:
-            bug = DiffCRError(f"{one_line(error)}. Run it again with -v for the traceback.")
-            _stop(bug, error)
-        if hasattr(error, "show"):
-            error.show()
-        sys.exit(usage)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help stands there already
+            sys.exit(UsageError.exit_code)
+        if hasattr(error, "format_message"):  # one of click's, which Typer may bring along
+            _stop(UsageError(_in_words(error)), error)
+        bug = DiffCRError(f"{one_line(error)}. Run it again with -v for the traceback.")
+        _stop(bug, error)
     else:
         # Typer turns Ctrl-C, and an exit that a verb asks for, into what it returns.
         if status == INTERRUPTED:
@@ -89,6 +88,13 @@ def main() -> None:
             sys.exit(status)
     finally:
         terminal.close()
+
+
+def _in_words(error: Any) -> str:
+    """What is wrong with a command line, and where its help is."""
+    context = getattr(error, "ctx", None)
+    help_ = f" Try: {context.command_path} --help" if context else ""
+    return f"{error.format_message()}{help_}"
 
 
 def _stop(error: DiffCRError, cause: BaseException | None = None) -> NoReturn:

@@ -21,14 +21,30 @@ _TROUBLE = (
 _LONGEST = 300
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A key that is given twice is an error, not the last of the two: the other one would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for key, _ in node.value:
+            # what is merged in from an anchor may be overridden
+            name = None if key.tag == "tag:yaml.org,2002:merge" else key.value
+            if isinstance(name, str) and seen.setdefault(name, key) is not key:
+                lines = seen[name].start_mark.line + 1, key.start_mark.line + 1
+                raise yaml.YAMLError(
+                    f"{name!r} is given twice, in line {lines[0]} and in line {lines[1]}"
+                )
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str) -> Any:
-    """What a text says; JSON is YAML. Tags that make objects are refused.
+    """What a text says; JSON is YAML. Tags that make objects are refused, and keys that are given twice.
 
     Raises:
         ValueError: it is no YAML; in few words.
     """
     try:
-        return yaml.safe_load(text)
+        return _UniqueKeys(text).get_single_data()
     except _TROUBLE as error:
         raise ValueError(_short(error)) from error
 

@@ -66,6 +66,11 @@ def call_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
 def call_batch(example_inputs: ExampleInputs) -> int:
     """Batch size of a call: axis 0 of its tensor with the most axes; 1 where no tensor has an axis."""
     tensors = [t for t in pytree.tree_leaves(call_of(example_inputs)) if isinstance(t, Tensor)]
+    if not tensors:
+        raise UsageError(
+            "the example inputs hold no tensor; give those that forward is called with",
+            code="DCR-U026",
+        )
     largest = max(tensors, key=lambda t: t.ndim)
     return largest.shape[0] if largest.ndim else 1
 

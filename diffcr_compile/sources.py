@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.pipelines import FEW_STEPS, PipelineRuns, open_pipeline
-from diffcr_compile.data_files import read_json, read_yaml
-from diffcr_compile.errors import EnvironmentMissingError, UnsupportedModelError, UsageError
+from diffcr_compile.data_files import read_json, read_yaml, short
+from diffcr_compile.errors import (
+    DiffCRError,
+    EnvironmentMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
+from diffcr_compile.opened import call_of
 from diffcr_compile.vector_math import settle_vector_math
 
 # A model is read from its folder only, as data: no download, no code that it brings, no pickle.
@@ -46,6 +55,7 @@ def load_case(
     inputs: Path | None,
     pipeline_inputs: Path | None = None,
     steps: int = FEW_STEPS,
+    bars: bool = True,
 ) -> Case:
     """The model that a MODEL argument names.
 
@@ -55,15 +65,20 @@ def load_case(
             those arguments of its call that are tensors.
         pipeline_inputs: YAML or JSON with the arguments of a pipeline's call, or a list of such dicts.
         steps: sampling steps of a pipeline, where the arguments name none.
+        bars: whether diffusers may show how far loading has come.
 
     Raises:
         UsageError: the source cannot be understood or found.
     """
     settle_vector_math()
+    if not bars:
+        _without_bars()
     kind, _, rest = source.partition(":")
+    if kind in ("demo", "python"):
+        _refuse_files(kind, inputs, pipeline_inputs)
     if source == "demo":
         return _demo_case()
-    if kind == "python" and rest.count(":") == 1:
+    if kind == "python" and rest.count(":") == 1 and all(rest.split(":")):
         return _python_case(*rest.split(":"))
     if kind == "diffusers" and rest:
         return _diffusers_case(rest, inputs, pipeline_inputs, steps)
@@ -71,6 +86,23 @@ def load_case(
         f"MODEL must be demo, python:<module>:<factory> or diffusers:<folder>[#component], got {source!r}",
         code="DCR-U001",
     )
+
+
+def _without_bars() -> None:
+    """Nothing of diffusers' on stderr; where it is not installed, whoever needs it says so."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("diffusers.utils.logging").disable_progress_bar()
+
+
+def _refuse_files(kind: str, inputs: Path | None, pipeline_inputs: Path | None) -> None:
+    given = {"--inputs": inputs, "--pipeline-inputs": pipeline_inputs}
+    for option, path in given.items():
+        if path is not None:
+            own = "the demo has" if kind == "demo" else "a factory returns"
+            raise UsageError(
+                f"{option} {path} is for diffusers:<folder>; {own} example inputs of its own. Leave it out.",
+                code="DCR-U006",
+            )
 
 
 def _demo_case() -> Case:
@@ -82,27 +114,66 @@ def _demo_case() -> Case:
 
 def _python_case(module_name: str, factory_name: str) -> Case:
     """A factory returns (model, example_inputs) or (model, example_inputs, conditions)."""
+    name = f"{module_name}:{factory_name}"
     sys.path.insert(0, "")  # a file beside the user is what they mean by its name
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"python:{module_name}:{factory_name} cannot be imported: {error}", code="DCR-U002"
-        ) from error
+        with _of_the_user(f"python:{name} cannot be imported", "DCR-U002"):
+            factory = getattr(importlib.import_module(module_name), factory_name)
     finally:
         sys.path.remove("")
-    made = factory()
-    if (
-        not isinstance(made, tuple)
-        or len(made) not in (2, 3)
-        or not isinstance(made[0], nn.Module)
-    ):
+    if not callable(factory):
         raise UsageError(
-            f"{module_name}:{factory_name} must return (model, example_inputs) or "
-            f"(model, example_inputs, conditions), got {type(made).__name__}",
+            f"{name} must be a function without arguments, got {type(factory).__name__}",
+            code="DCR-U003",
+        )
+    with _of_the_user(f"{name}() did not return", "DCR-U003"):
+        made = factory()
+    wrong = _wrong_with(made)
+    if wrong:
+        raise UsageError(
+            f"{name} must return (model, example_inputs) or (model, example_inputs, conditions), got {wrong}",
             code="DCR-U003",
         )
     return Case(made[0].eval(), made[1], made[2] if len(made) == 3 else None, factory_name)
+
+
+@contextlib.contextmanager
+def _of_the_user(what: str, code: str) -> Iterator[None]:
+    """Code of the user's: what it prints stays out of our results, and what it raises is named as its own."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except DiffCRError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"{what}: {type(error).__name__}: {error}{_place(error)}", code=code
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the user's code that an error went through, as far as there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame
+        for frame in frames
+        if frame.filename not in (__file__, importlib.__file__) and frame.filename[0] != "<"
+    ]
+    own = [frame for frame in theirs if "site-packages" not in frame.filename] or theirs
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _wrong_with(made: Any) -> str | None:
+    """What a factory returned in the place of what it should; None where that is right."""
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        return type(made).__name__
+    if not isinstance(made[0], nn.Module):
+        return f"{type(made[0]).__name__} as model, not a torch.nn.Module"
+    if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(call_of(made[1]))):
+        return f"example_inputs without any tensor: {short(made[1])}"
+    if len(made) == 3 and made[2] is not None and not callable(made[2]):
+        return f"{type(made[2]).__name__} as conditions, not a function"
+    return None
 
 
 def _diffusers_case(
@@ -111,16 +182,22 @@ def _diffusers_case(
     name, _, component = rest.partition("#")
     folder = Path(name)
     if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UsageError(
-            f"the folder {folder} does not exist; models are read from disk only "
+            f"the folder {folder} {what}; models are read from disk only "
             "(a single model with --inputs, a pipeline with --pipeline-inputs)",
             code="DCR-U004",
         )
     tensors = _read_tensors(inputs)
-    if (folder / "model_index.json").exists() and (pipeline_inputs or inputs is None):
-        runs = open_pipeline(
-            _load_pipeline(folder), _calls(pipeline_inputs, tensors), component or None, steps
+    calls = _calls(pipeline_inputs, tensors)
+    if not any((folder / name).exists() for name in ("model_index.json", "config.json")):
+        raise UsageError(
+            f"{folder} is no model of diffusers: it has neither model_index.json (a pipeline) nor config.json "
+            "(a single model). Name a folder that save_pretrained wrote.",
+            code="DCR-U004",
         )
+    if (folder / "model_index.json").exists() and (pipeline_inputs or inputs is None):
+        runs = open_pipeline(_load_pipeline(folder), calls, component or None, steps)
         return Case(runs, None, None, f"{type(runs.model).__name__} from {folder}")
     if inputs is None or pipeline_inputs is not None:
         raise UsageError(
@@ -135,8 +212,7 @@ def _diffusers_case(
 def _read_tensors(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    if not path.is_file():
-        raise UsageError(f"the file {path} does not exist", code="DCR-U006")
+    _check_file(path)
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, OSError) as error:
@@ -146,12 +222,17 @@ def _read_tensors(path: Path | None) -> dict[str, Any]:
         ) from error
 
 
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.exists() else "does not exist"
+        raise UsageError(f"the file {path} {what}", code="DCR-U006")
+
+
 def _calls(path: Path | None, tensors: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The arguments of a pipeline's call, or of several, each with the tensors."""
     if path is None:
         return None
-    if not path.is_file():
-        raise UsageError(f"the file {path} does not exist", code="DCR-U006")
+    _check_file(path)
     try:
         found = read_yaml(path)
     except ValueError as error:

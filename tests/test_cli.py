@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from diffcr_compile import cli
+from diffcr_compile.data_files import parse_yaml
 from tests import models
 
 SMALL = [
@@ -87,6 +90,173 @@ def test_inspect_says_what_is_routed_and_refused(monkeypatch: Any, capsys: Any) 
     assert plan["macs_dense"] > plan["macs_outer"] > 0
     assert run(monkeypatch, "inspect", "python:tests.test_cli:unroutable") == 0
     assert "refused" in capsys.readouterr().out
+
+
+BAD_FACTORIES = {
+    "def make(): raise RuntimeError('boom [red]markup[/]')": ("DCR-U003", "boom [red]markup[/]"),
+    "def make(path): pass": ("DCR-U003", "missing 1 required positional argument"),
+    "make = 3": ("DCR-U003", "got int"),
+    "def make(): return 1, 2": ("DCR-U003", "got int as model"),
+    "import torch\ndef make(): return torch.nn.Linear(1, 1), {}": ("DCR-U003", "without any tensor"),
+    "import torch\ndef make(): return torch.nn.Linear(1, 1), torch.zeros(1, 1), 'x'": ("DCR-U003", "as conditions"),
+    "import sys\ndef make(): sys.exit(3)": ("DCR-U003", "SystemExit: 3"),
+    "import sys\nsys.exit(5)": ("DCR-U002", "SystemExit: 5"),
+    "make = (": ("DCR-U002", "SyntaxError"),
+    "import nosuchmodule": ("DCR-U002", "nosuchmodule"),
+    "1 / 0": ("DCR-U002", "line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", BAD_FACTORIES)
+def test_what_a_users_factory_does_wrong_is_told_as_theirs(
+    source: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    code, words = BAD_FACTORIES[source]
+    name = f"factory_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "inspect", f"python:{name}:make") == 2
+    err = capsys.readouterr().err
+    assert code in err
+    assert words in err
+
+
+@pytest.mark.parametrize("model", ["python::make", "python:a:", "python:a", "nosuch"])
+def test_a_model_without_a_name_is_not_understood(
+    model: str, monkeypatch: Any, capsys: Any
+) -> None:
+    assert run(monkeypatch, "inspect", model) == 2
+    assert "DCR-U001" in capsys.readouterr().err
+
+
+def chatty() -> Any:
+    print("hello from the factory")
+    return models.tiny_dit()
+
+
+def test_what_a_factory_prints_stays_out_of_the_result(monkeypatch: Any, capsys: Any) -> None:
+    assert run(monkeypatch, "inspect", "python:tests.test_cli:chatty", "--json") == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert "hello from the factory" in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "python:tests.test_cli:tiny", "--inputs", "nosuch.safetensors"),
+        ("inspect", "demo", "--inputs", "nosuch.safetensors"),
+        ("compile", "demo", "--pipeline-inputs", "nosuch.yaml", "--dry-run"),
+        ("init", "python:tests.test_cli:tiny", "--pipeline-inputs", "nosuch.yaml"),
+    ],
+)
+def test_files_of_inputs_are_refused_where_the_model_has_its_own(
+    arguments: tuple[str, ...], monkeypatch: Any, capsys: Any
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert "is for diffusers:<folder>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "calibration: {steps: 2}\ncalibration: {batch: 2}",
+        "calibration: {steps: 2, steps: 3}",
+        "calibration:\n  steps: 2\n  steps: 2",
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(
+    text: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    arguments = ("compile", "python:tests.test_cli:tiny", "-c", str(path), "--dry-run")
+    assert run(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "DCR-U012" in err
+    assert "is given twice, in line" in err
+
+
+def test_an_anchor_may_be_merged_and_overridden() -> None:
+    text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3"
+    assert parse_yaml(text)["b"] == {"x": 3, "y": 2}
+
+
+def test_a_folder_is_no_configuration(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    arguments = ("compile", "python:tests.test_cli:tiny", "-c", str(tmp_path), "--dry-run")
+    assert run(monkeypatch, *arguments) == 2
+    assert "is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--bucket", "0"),
+        ("--write-polygraphy", "x", "--bisect"),
+        ("--write-polygraphy", "x", "--bucket", "1"),
+        ("--results", "x", "--level", "engine"),
+        ("--results", "x", "--write-polygraphy", "x"),
+    ],
+)
+def test_options_of_validate_that_would_do_nothing_are_refused(
+    options: tuple[str, ...], out: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    assert run(monkeypatch, "validate", str(out), *options) == 2
+    assert "has no effect" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect",), "Missing argument"),
+        (("validate", "x", "--level", "foo"), "foo"),
+        (("nosuchverb",), "nosuchverb"),
+        (("bench", "x", "--nosuch"), "--nosuch"),
+    ],
+)
+def test_a_wrong_command_line_has_a_code_and_goes_to_the_log_as_any_error(
+    arguments: tuple[str, ...], words: str, monkeypatch: Any, capsys: Any
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "DCR-U000" in err
+    assert words in err
+
+
+def test_without_a_verb_the_help_is_shown(monkeypatch: Any, capsys: Any) -> None:
+    assert run(monkeypatch) in (0, 2)
+    captured = capsys.readouterr()
+    assert "Usage" in captured.out + captured.err
+    assert "DCR-" not in captured.out + captured.err
+
+
+def test_interrupted_while_loading_it_says_so_in_one_line() -> None:
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'diffcr_compile.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from diffcr_compile.__main__ import run\n"
+        "run()\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 130
+    assert found.stderr == "Interrupted before anything was done.\n"
+
+
+def test_a_terminal_of_ascii_alone_loses_a_sign_and_not_the_result(out: Path) -> None:
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    program = (
+        "from diffcr_compile.commands.terminal import say, terminal\n"
+        "terminal.start()\nsay('a\u2026b')\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=ascii_only
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == b"a?b\n"
 
 
 def test_unroutable_model_leaves_with_3_and_reasons(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from diffcr_compile.commands.options import settings
 from diffcr_compile.commands.progress import progress
-from diffcr_compile.commands.terminal import console, note, print_json, say
+from diffcr_compile.commands.terminal import console, note, print_json, say, terminal
 from diffcr_compile.errors import UsageError
 
 # --config, --set, --inputs, --pipeline-inputs
@@ -78,7 +78,7 @@ def _routed(model: str, options: MeasureOptions, given: ModelOptions) -> tuple[A
 
     config_file, assignments, inputs, pipeline_inputs = given
     config = settings(config_file, assignments, SETTINGS if model == "demo" else None)
-    case = load_case(model, inputs, pipeline_inputs)
+    case = load_case(model, inputs, pipeline_inputs, bars=terminal.verbosity >= 0)
     network, example = case.model, case.inputs
     if options.backend == "torch" and options.device == "cuda":
         if not isinstance(network, nn.Module):

@@ -49,7 +49,15 @@ def compile_(
     """Compile a model: capture, route, calibrate, freeze, export, validate, benchmark, report."""
     job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs, learned_from)
     if job.source == "demo" and job.config.run.learned_from is None:
-        run_demo(out, job.config.run.budget, config, set_, dry_run=dry_run)
+        run_demo(
+            out,
+            job.config.run.budget,
+            config,
+            set_,
+            dry_run=dry_run,
+            inputs=inputs,
+            pipeline_inputs=pipeline_inputs,
+        )
         return
     if dry_run:
         job.announce(STAGES)

@@ -42,6 +42,8 @@ def run_demo(
     set_: list[str] | None,
     samples: int = SAMPLES,
     dry_run: bool = False,
+    inputs: Path | None = None,
+    pipeline_inputs: Path | None = None,
 ) -> None:
     """What ``diffcr demo`` and ``diffcr compile demo`` do."""
     from diffcr_compile.sources import load_diffusers
@@ -49,7 +51,16 @@ def run_demo(
     load_diffusers()  # the reference model is of a class of diffusers
     from diffcr_compile.reference import demo as reference
 
-    job = make_job("demo", out, config, set_, budget, defaults=reference.SETTINGS)
+    job = make_job(
+        "demo",
+        out,
+        config,
+        set_,
+        budget,
+        inputs,
+        pipeline_inputs,
+        defaults=reference.SETTINGS,
+    )
     if dry_run:
         job.announce(STAGES)
         return

@@ -11,7 +11,7 @@ import typer
 
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.options import DryRun, Inputs, OptionalModel, PipelineFile
-from diffcr_compile.commands.terminal import say
+from diffcr_compile.commands.terminal import say, terminal
 from diffcr_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _detected(
     from diffcr_compile.planning.advice import suggested_budget
     from diffcr_compile.sources import load_case
 
-    case = load_case(model, inputs, pipeline_inputs)
+    case = load_case(model, inputs, pipeline_inputs, bars=terminal.verbosity >= 0)
     plan = dcr.inspect(case.model, case.inputs)
     found: dict[str, Any] = {"run.model": model}
     if inputs:

@@ -16,7 +16,7 @@ from diffcr_compile.commands.options import (
     Settings,
     settings,
 )
-from diffcr_compile.commands.terminal import print_json, say
+from diffcr_compile.commands.terminal import print_json, say, terminal
 
 EXAMPLES = (
     "demo",
@@ -51,7 +51,7 @@ def inspect(
     from diffcr_compile.sources import load_case
 
     routing = settings(config, set_).routing
-    case = load_case(model, inputs, pipeline_inputs)
+    case = load_case(model, inputs, pipeline_inputs, bars=terminal.verbosity >= 0)
     plan = dcr.inspect(
         case.model, case.inputs, routing, target=target, macs_per_byte=macs_per_byte
     )

@@ -19,7 +19,7 @@ from diffcr_compile.commands.options import (
     settings,
 )
 from diffcr_compile.commands.progress import progress
-from diffcr_compile.commands.terminal import console, note, print_json, say
+from diffcr_compile.commands.terminal import console, note, print_json, say, terminal
 
 EXAMPLES = (
     "demo",
@@ -55,7 +55,9 @@ def suggest(
 
     shares = [parse_budget(text) for text in budgets.split(",")]
     chosen = settings(config, set_, _defaults(model))
-    case = load_case(model, inputs, pipeline_inputs, chosen.rollouts.steps)
+    case = load_case(
+        model, inputs, pipeline_inputs, chosen.rollouts.steps, terminal.verbosity >= 0
+    )
     if dry_run:
         program, runs = routed_for(case.model, case.inputs, chosen)
         _say_work(work_of(program, chosen, len(shares), runs is not None), as_json)

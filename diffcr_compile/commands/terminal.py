@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +34,11 @@ class Terminal:
         """A new command: the usual verbosity, colours where the terminal has them, no log."""
         self.verbosity = 0
         self.close()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(
+                stream, io.TextIOWrapper
+            ):  # in ASCII alone a sign is better lost than the result
+                stream.reconfigure(errors="replace")
         for each in (console, errors):
             # rich reads NO_COLOR when a console is made; one process may run several commands
             each.no_color = "NO_COLOR" in each._environ

@@ -46,12 +46,23 @@ def validate(
     results: Annotated[
         Path | None, typer.Option(help="outputs that polygraphy run --save-outputs wrote")
     ] = None,
-    bucket: Annotated[int, typer.Option(help="with --results: which timestep bucket")] = 0,
+    bucket: Annotated[
+        int | None, typer.Option(help="with --results: which timestep bucket; 0 if left out")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file's hash and compare with the golden outputs of each bucket: ONNX Runtime, engines, Polygraphy."""
     from diffcr_compile import validate as checks
 
+    _refuse_what_has_no_effect(
+        {
+            "--write-polygraphy": write_polygraphy is not None,
+            "--results": results is not None,
+            "--level engine": level == "engine",
+            "--bisect": bisect,
+            "--bucket": bucket is not None,
+        }
+    )
     if write_polygraphy is not None:
         from diffcr_compile.polygraphy_results import write_polygraphy as write
 
@@ -62,7 +73,7 @@ def validate(
             say("\n".join(paths))
         return
     if results is not None:
-        _results(out, results, bucket, as_json)
+        _results(out, results, bucket or 0, as_json)
         return
     if level == "engine":
         rows = checks.validate_engines(out, bisect)
@@ -78,6 +89,20 @@ def validate(
         )
     else:
         say(f"{out}: every file matches the manifest, every bucket its golden outputs")
+
+
+def _refuse_what_has_no_effect(given: Mapping[str, bool]) -> None:
+    """Each of the first two does one thing, and takes no other option but --bucket."""
+    used = [option for option, there in given.items() if there]
+    alone = [option for option in ("--write-polygraphy", "--results") if option in used]
+    if alone:
+        goes_with = {alone[0]} | ({"--bucket"} if alone[0] == "--results" else set())
+        idle = [option for option in used if option not in goes_with]
+    else:
+        idle = ["--bucket"] if "--bucket" in used else []
+    if idle:
+        what = f"with {alone[0]}" if alone else "without --results"
+        raise UsageError(f"{', '.join(idle)} has no effect {what}; leave it out")
 
 
 def _results(out: Path, results: Path, bucket: int, as_json: bool) -> None:

@@ -45,10 +45,15 @@ def record_calls(
     return run_recorded(model, args, kwargs, candidates, bypass if identity else None)
 
 
+# What models call the noisy sample: an image to edit, or another condition, may have its shape.
+SAMPLE_NAMES = ("sample", "hidden_states", "x", "x_t", "z", "z_t", "latents", "noisy_latents")
+
+
 def sample_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Path:
     """The input that is denoised, () if none can be told from the others.
 
-    In this order: a float tensor of the output's shape; one that differs from it in one axis; the
+    In this order: a float tensor of the output's shape, among several the one that is called as samples
+    usually are, else the first; one that differs from it in one axis; the
     only float tensor with more than two axes; codes (integers) of the output's batch and sides.
     """
     result = next(output_tensors(output), None)
@@ -61,9 +66,9 @@ def sample_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) 
     wide = [(path, leaf) for path, leaf in floats if leaf.ndim >= 3]
     if result is None:
         return wide[0][0] if wide else ()
-    for path, leaf in floats:
-        if leaf.ndim >= 2 and leaf.shape == result.shape:
-            return path
+    alike = [p for p, leaf in floats if leaf.ndim >= 2 and leaf.shape == result.shape]
+    if alike:
+        return next((path for path in alike if path[-1] in SAMPLE_NAMES), alike[0])
     for path, leaf in wide:
         if leaf.ndim == result.ndim:
             differing = sum(a != b for a, b in zip(leaf.shape, result.shape, strict=True))

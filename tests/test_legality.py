@@ -198,6 +198,9 @@ PICTURE, CODES = torch.randn(2, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64
         ({"text": TEXT_STATES, "x": PICTURE}, torch.randn(2, 8, 8, 8), "x"),
         # an integer sample, with one score per code in the output
         ({"text": TEXT_STATES, "x": CODES}, torch.randn(2, 32, 8, 8), "x"),
+        # an image to edit has the sample's shape, and comes first
+        ({"cond": torch.randn(2, 4, 8, 8), "x": PICTURE}, PICTURE, "x"),
+        ({"edited": torch.randn(2, 4, 8, 8), "noisy": PICTURE}, PICTURE, "edited"),
         # nothing fits, but there is no choice
         ({"t": torch.ones(2), "x": PICTURE}, torch.randn(2, 16, 12), "x"),
         # nothing fits, and there is one

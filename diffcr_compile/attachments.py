@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from diffcr_compile.errors import UnsupportedModelError
 
@@ -40,6 +41,7 @@ def prepared(model: nn.Module, fuse_adapters: bool = False) -> nn.Module:
         _check_offload,
         _check_libraries,
         _check_hooks,
+        _check_compiled,
         _check_forward,
     ):
         check(model)
@@ -150,6 +152,22 @@ def _check_hooks(model: nn.Module) -> None:
             "Whether they change what the model computes cannot be told, and a graph loses them. Call "
             ".remove() on the handle that register_forward_hook or register_forward_pre_hook returned, "
             "or switch off the library (cache, profiler) that put them there.",
+            code="DCR-M002",
+        )
+
+
+def _check_compiled(model: nn.Module) -> None:
+    """``torch.compile(module)``, which stands in the place of a module with another forward."""
+    found = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, OptimizedModule)
+    ]
+    if found:
+        raise UnsupportedModelError(
+            f"torch.compile was called on {_some(found)}, and its graph cannot be captured once more. Give the "
+            "module as it was before: `._orig_mod` of each of them. An artifact may be used under torch.compile "
+            "afterwards, with backend='diffcr'.",
             code="DCR-M002",
         )
 

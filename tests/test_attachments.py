@@ -257,3 +257,15 @@ def test_a_wrapped_model_is_refused(process_group: None) -> None:
     with pytest.raises(UnsupportedModelError, match=r"model\.module"):
         prepared(model)
     assert prepared(model.module) is model.module
+
+
+def test_a_compiled_module_is_refused_with_the_way_back() -> None:
+    model, _ = models.tiny_dit()
+    with pytest.raises(UnsupportedModelError, match=r"the model itself.*_orig_mod"):
+        prepared(torch.compile(model), False)
+    part = copy.deepcopy(model)
+    part.transformer_blocks[1] = torch.compile(part.transformer_blocks[1])
+    with pytest.raises(UnsupportedModelError, match=r"transformer_blocks.1,.*_orig_mod"):
+        prepared(part, False)
+    part.transformer_blocks[1] = part.transformer_blocks[1]._orig_mod
+    assert prepared(part, False) is part

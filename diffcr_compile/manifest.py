@@ -31,6 +31,8 @@ DTYPES = frozenset(
 )
 _CHECKSUM = "checksum"
 _CHUNK = 1 << 20
+# What changes when a file is replaced or written to: device, number, bytes, times of content and of status.
+Stamp = tuple[int, int, int, int, int]
 _AGAIN = "Copy the artifact again, or make it anew with diffcr compile."
 
 
@@ -297,13 +299,16 @@ def _is_number(value: Any) -> bool:
 
 def verify_artifact(
     folder: Path, manifest: Manifest, only: Collection[str] | None = None
-) -> None:
+) -> dict[str, Stamp]:
     """Raise unless every file is there and is the one that was written.
 
     Args:
         folder: the artifact.
         manifest: its manifest.
         only: folders to look at, some of onnx, golden and model; None for all of them.
+
+    Returns:
+        Relative path -> how the file looked when its hash was right, for :func:`check_file_again`.
 
     Raises:
         ArtifactError: a file is missing, truncated, changed, not listed, or out of the folder.
@@ -318,11 +323,42 @@ def verify_artifact(
             f"does not list. Delete it, or make the artifact anew with diffcr compile.",
             code="DCR-A005",
         )
-    for name in sorted(listed):
-        _check_file(folder, name, manifest.files[name])
+    return {name: _check_file(folder, name, manifest.files[name]) for name in sorted(listed)}
 
 
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+def check_file_again(folder: Path, manifest: Manifest, name: str, seen: Stamp) -> Stamp:
+    """Raise unless a file is still the one that was written; hashed only where it looks otherwise.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        name: relative path, as the manifest lists it.
+        seen: how it looked when its hash was right.
+
+    Returns:
+        How it looks now.
+
+    Raises:
+        ArtifactError: it is gone or has another hash.
+    """
+    path = folder / name
+    if path.is_file() and _stamp(path) == seen:
+        return seen
+    return _check_file(folder, name, manifest.files[name])
+
+
+def _stamp(path: Path) -> Stamp:
+    found = path.stat()
+    return (
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    )
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> Stamp:
     path = folder / name
     if not path.is_file():
         raise ArtifactError(
@@ -333,6 +369,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
             f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there.",
             code="DCR-A006",
         )
+    stamp = _stamp(path)  # before it is read: a change in between shows later
     found = path.stat().st_size
     if found != entry["bytes"]:
         raise ArtifactError(
@@ -347,6 +384,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
             f"{entry['sha256'][:12]}…. {_AGAIN}",
             code="DCR-A004",
         )
+    return stamp
 
 
 def _check_references(folder: Path, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ The artifact here is written by hand with onnx.helper: bucket b computes ``x * (
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from diffcr_compile.durable import atomic_write_bytes
-from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
+from diffcr_compile.errors import (
+    ArtifactError,
+    EnvironmentMissingError,
+    ResourceError,
+    UsageError,
+)
 from diffcr_compile.manifest import Manifest, hash_files, write_manifest
 from diffcr_compile.runtime import Runner, backend, euler_flow, load, onnx_backend
 from diffcr_compile.runtime.dense import DenseRunner
@@ -236,6 +242,77 @@ def test_a_tampered_artifact_does_not_load_unless_told_not_to_look(
     with pytest.raises(ArtifactError, match=r"bucket_00\.onnx was changed"):
         load(copy)
     load(copy, verify=False)
+
+
+@pytest.mark.parametrize("name", ["onnx/bucket_01.onnx", "onnx/weights.bin"])
+def test_a_file_that_is_changed_after_the_load_is_not_opened(
+    toy: Path, tmp_path: Path, name: str
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    runner(**call(100.0))
+    atomic_write_bytes(copy / name, (copy / "onnx/bucket_00.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=name) as caught:
+        runner(**call(300.0))
+    assert caught.value.code == "DCR-A004"
+    runner(**call(100.0))  # what is open already is of the artifact that was loaded
+
+
+def test_a_file_that_is_changed_while_it_is_opened_does_not_run(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+
+    def other(path: Path, *options: Any) -> Any:
+        atomic_write_bytes(path, (copy / "onnx/bucket_00.onnx").read_bytes())
+        return backend.make_session(path, *options)
+
+    monkeypatch.setattr(onnx_backend, "make_session", other)
+    runner = load(copy, threads=1)
+    for _ in range(2):  # the session was not kept
+        with pytest.raises(ArtifactError, match=r"bucket_01\.onnx"):
+            runner(**call(300.0))
+
+
+def test_a_file_that_was_only_copied_anew_after_the_load_is_opened(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    data = (copy / "onnx/bucket_01.onnx").read_bytes()
+    atomic_write_bytes(copy / "onnx/bucket_01.onnx", data)
+    np.testing.assert_array_equal(runner(**call(300.0)), load(toy)(**call(300.0)))
+
+
+def test_a_change_is_found_also_where_size_and_time_are_the_old_ones(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    path = copy / "onnx/bucket_01.onnx"
+    runner, before = load(copy, threads=1), path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ArtifactError, match="was changed"):
+        runner(**call(300.0))
+
+
+def test_an_artifact_that_is_gone_after_the_load_is_said_in_words(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    shutil.rmtree(copy)
+    with pytest.raises(ArtifactError, match="is missing"):
+        runner(**call(300.0))
+
+
+def test_a_closed_runner_refuses_to_run(toy: Path) -> None:
+    runner = load(toy, threads=1)
+    runner(**call())
+    runner.close()
+    runner.close()
+    with pytest.raises(ResourceError, match="was closed"):
+        runner(**call())
 
 
 def test_a_file_that_is_no_onnx_is_refused_in_words(toy: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from diffcr_compile.manifest import Manifest, hash_files, write_manifest
 from diffcr_compile.runtime import Runner, backend, euler_flow, load, onnx_backend
 from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import TimestepBuckets
+from tests import device_artifact
 
 EDGES = (0.0, 250.0, 500.0, 1000.0)
 INPUTS = [
@@ -204,11 +205,45 @@ def test_a_call_that_does_not_fit_is_refused_and_told_what_was_built(
     assert "x float32[2, 3], t float32[2, 1], label int64[2]" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["with grad", "bfloat16", "meta", "ragged"])
+def test_what_numpy_cannot_read_is_refused_with_the_call_that_makes_it_readable(
+    runner: Runner, kind: str
+) -> None:
+    import torch
+
+    x: Any = {
+        "with grad": torch.zeros(2, 3, requires_grad=True),
+        "bfloat16": torch.zeros(2, 3, dtype=torch.bfloat16),
+        "meta": torch.zeros(2, 3, device="meta"),
+        "ragged": [[1.0, 2.0], [3.0]],
+    }[kind]
+    with pytest.raises(
+        UsageError, match=r"x\.detach\(\)\.float\(\)\.cpu\(\)\.numpy"
+    ) as caught:
+        runner(**call(x=x))
+    assert caught.value.code == "DCR-U021"
+    assert "x float32[2, 3], t float32[2, 1], label int64[2]" in str(caught.value)
+
+
 def test_a_missing_input_is_named(runner: Runner) -> None:
     inputs = call()
     del inputs["label"]
     with pytest.raises(UsageError, match=r"missing: \['label'\]"):
         runner(**inputs)
+
+
+@pytest.mark.parametrize("label", [10, 99, -11])
+def test_a_label_that_the_model_does_not_have_is_refused_in_words(
+    tmp_path: Path, label: int
+) -> None:
+    runner = load(device_artifact.write(tmp_path), threads=1)
+    inputs = device_artifact.call(125.0)
+    with pytest.raises(
+        UsageError, match=rf"timestep bucket 0 .*idx={label}.*labels"
+    ) as caught:
+        runner(**{**inputs, "label": np.array([3, label])})
+    assert caught.value.code == "DCR-U058"
+    runner(**inputs)
 
 
 def test_sessions_are_made_at_first_use_and_kept(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from diffcr_compile.errors import EnvironmentMissingError, ResourceError
 from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.backend import Provider, check_provider, make_session
+from diffcr_compile.runtime.backend import Provider, check_provider, make_session, run_session
 from diffcr_compile.runtime.checked_files import CheckedFiles
 
 Array = npt.NDArray[Any]
@@ -112,12 +112,12 @@ class OnnxBackend:
         """Outputs of a timestep bucket, in graph order.
 
         Raises:
+            UsageError: an input has a value that the graph cannot take.
             ArtifactError: at the first use of a graph, it is not the one that was loaded any more.
             ResourceError: the backend was closed.
         """
         given = {**arrays, **self._lengths[bucket]}
-        outputs: list[Array] = self._session(bucket).run(None, given)
-        return outputs
+        return run_session(self._session(bucket), given, f"timestep bucket {bucket}")
 
     def close(self) -> None:
         """Let go of the sessions; further runs are refused."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.errors import UsageError
+from diffcr_compile.errors import UsageError, one_line
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.runtime.backend import Provider
 from diffcr_compile.runtime.checked_files import CheckedFiles
@@ -142,8 +142,8 @@ class Runner:
             The output array, or a tuple of them if the model has several.
 
         Raises:
-            UsageError: an input is missing, unknown, of another shape or type, or the timesteps
-                of the call belong to different buckets.
+            UsageError: an input is missing, unknown, of another shape or type, nothing that numpy can read, or
+                has values that the graph cannot take; or the timesteps of the call belong to different buckets.
             ArtifactError: a graph is needed for the first time, and its file was changed since the load.
             ResourceError: the runner was closed.
         """
@@ -171,7 +171,7 @@ class Runner:
                 f"{self._signature()}",
                 code="DCR-U020",
             )
-        arrays = {name: np.asarray(inputs[name]) for name in built}
+        arrays = {name: self._array(spec, inputs[name]) for name, spec in built.items()}
         for name, array in arrays.items():
             dtype, shape = built[name]["dtype"], tuple(built[name]["shape"])
             if array.shape != shape:
@@ -188,6 +188,20 @@ class Runner:
                 )
         # the manifest says what the caller passes; a graph takes complex numbers as real pairs
         return {name: as_graph_input(array) for name, array in arrays.items()}
+
+    def _array(self, spec: Mapping[str, Any], value: Any) -> Array:
+        """The input as an array, if numpy can read it."""
+        try:
+            return np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name, kind = spec["name"], type(value)
+            number = ".float()" if spec["dtype"] == "float32" else ""
+            raise UsageError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__} that numpy cannot read: {one_line(error)}. Pass an "
+                f"array; of a tensor of torch, {name}.detach(){number}.cpu().numpy(). This artifact was built for "
+                f"{self._signature()}",
+                code="DCR-U021",
+            ) from error
 
     def _bucket(self, arrays: Mapping[str, Array]) -> int:
         name = self.manifest.timestep_input

@@ -90,9 +90,9 @@ def pack(artifact: Path, path: Path, target: Target | None = None) -> Packed:
         ResourceError: the zip cannot be written.
     """
     if path.suffix != ".zip":
-        raise UsageError(
-            f"the package is a zip; name it so, such as {path.with_suffix('.zip')}"
-        )
+        has_name = path.name not in ("", "..")
+        example = path.with_suffix(".zip") if has_name else path / "model.zip"
+        raise UsageError(f"the package is a zip, got {path}; name it so, such as {example}")
     manifest = read_manifest(artifact)
     verify_artifact(artifact, manifest)
     mode = choose_mode(manifest, target).mode if target else "per_bucket"

@@ -96,7 +96,7 @@ def write_toy(
         schedule={},
         num_tokens={},
         budget={"metric": "macs", "asked": None, "reached": None},
-        parity={},
+        parity={"tolerance": 1e-4, "measure": "max_abs"},
         files=hash_files(folder),
         stages={},
     )

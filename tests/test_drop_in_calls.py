@@ -151,3 +151,12 @@ def test_lazy_minus_and_gradients_are_no_obstacle(drop_in: CompiledDenoiser) -> 
     assert torch.equal(found, drop_in(-x, t, label, False)[0])
     (found,) = drop_in(x.clone().requires_grad_(), t, label, False)
     assert torch.equal(found, drop_in(x, t, label, False)[0])
+
+
+def test_a_tensor_without_values_is_refused_in_words(drop_in: CompiledDenoiser) -> None:
+    x, t, label = tensors().values()
+    with pytest.raises(
+        UsageError, match=r"x is a torch\.Tensor that numpy cannot read"
+    ) as caught:
+        drop_in(x.to("meta"), t, label)
+    assert caught.value.code == "DCR-U021"

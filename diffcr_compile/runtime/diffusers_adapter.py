@@ -318,6 +318,8 @@ def _with_return_dict(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _array(tensor: Tensor) -> Any:
+    if tensor.is_meta:
+        return tensor  # it has no values; the runner says so in words
     # numpy knows no lazy conjugate and no lazy minus
     return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
 

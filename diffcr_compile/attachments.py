@@ -222,18 +222,39 @@ def _fused(model: nn.Module) -> nn.Module:
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
         if base is None:
             base = getattr(layer, "base_layer", None)
-        if not isinstance(base, nn.Module) or not hasattr(layer, "merge"):
+        if not isinstance(base, nn.Module) or not _can_settle(layer):
             raise UnsupportedModelError(
-                f"the adapter layer {name} ({type(layer).__name__}) has no merge() and base_layer, so it "
-                "cannot be fused here; fuse it with the library that made it, or take it off",
+                f"the adapter layer {name} ({type(layer).__name__}) has no {_settling(layer)}() and base_layer, so "
+                "it cannot be fused here; fuse it with the library that made it, or take it off",
                 code="DCR-M002",
             )
-        if not getattr(layer, "merged", False):
-            layer.merge()
+        _settle(layer)
         fused.set_submodule(name, base)
     if hasattr(fused, "peft_config"):
         del fused.peft_config
     return fused
+
+
+def _is_off(layer: Any) -> bool:
+    """Whether the adapters of a layer are switched off, so that it computes what its base layer does."""
+    return getattr(layer, "disable_adapters", False) is True
+
+
+def _can_settle(layer: Any) -> bool:
+    if _is_off(layer) and not getattr(layer, "merged", False):
+        return True
+    return callable(getattr(layer, _settling(layer), None))
+
+
+def _settling(layer: Any) -> str:
+    """The method that brings the base layer's weights to what the layer computes with."""
+    return "unmerge" if _is_off(layer) else "merge"
+
+
+def _settle(layer: Any) -> None:
+    """Make the base layer's weights those that the layer computes with: adapters that are off are not in them."""
+    if bool(getattr(layer, "merged", False)) == _is_off(layer):
+        getattr(layer, _settling(layer))()
 
 
 def _origin(function: Callable[..., Any]) -> str:

@@ -116,6 +116,8 @@ _ROWS = (
      "Begin with diffcr calibrate MODEL -o FOLDER; what was begun in Python goes on there."),
     ("DCR-U057", "what was learned does not fit", "Routers, ratios and weights of an artifact (learned_from=, --learned-from) fit the same model with the same blocks routed in the same way.",
      "Leave out the settings that differ, or calibrate this one by itself."),
+    ("DCR-U058", "a value that the graph cannot take", "An input has the shape and type that were built, but a value that points nowhere, such as a class label beyond the end of its table.",
+     "Give values that the dense model takes; the message of ONNX Runtime has the value and its range."),
     ("DCR-U060", "the latency table is missing", "budget.table names no file.",
      "Measure one with diffcr bench MODEL --table FILE, with the same settings of the routing."),
     ("DCR-U061", "a latency table that does not serve here", "It was measured on another model, batch or set of levels, or its figures were not stable.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,21 +15,18 @@ from typing import Any
 
 from diffcr_compile.durable import PARTIAL_SUFFIX, atomic_write_bytes
 from diffcr_compile.errors import ArtifactError
+from diffcr_compile.manifest_form import wrong_form
 
 SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # What a load depends on. calibration/, report/, engines/ and baseline/ may change freely.
 CHECKED_FOLDERS = ("onnx", "golden", "model")
 # A manifest of 64 buckets and 1,000 blocks has about 2 MB.
 MAX_MANIFEST_BYTES = 1 << 24
-# What the tensors of a graph may hold, as numpy names it.
-DTYPES = frozenset(
-    {"bool", "complex64", "complex128", "float16", "float32", "float64", "bfloat16"}
-    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-)
 _CHECKSUM = "checksum"
 _CHUNK = 1 << 20
+# What changes when a file is replaced or written to: device, number, bytes, times of content and of status.
+Stamp = tuple[int, int, int, int, int]
 _AGAIN = "Copy the artifact again, or make it anew with diffcr compile."
 
 
@@ -162,7 +158,9 @@ def read_manifest(folder: Path) -> Manifest:
             code="DCR-A002",
         )
     manifest = Manifest(**data)
-    _check_form(path, manifest)
+    wrong = wrong_form(manifest)
+    if wrong is not None:
+        raise ArtifactError(f"{path}: {wrong}. {_AGAIN}", code="DCR-A002")
     if checksum != _checksum(data) or text != _written(data):
         raise ArtifactError(
             f"{path} was changed after it was written: its checksum does not fit. {_AGAIN}",
@@ -190,120 +188,18 @@ def _written(data: Mapping[str, Any]) -> str:
     return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
-def _check_form(path: Path, manifest: Manifest) -> None:
-    """Raise unless the parts that a load reads have the form that it expects."""
-    rows = {
-        "buckets": (manifest.buckets, {"index", "low", "high", "weight", "onnx", "golden"}),
-        "inputs": (manifest.inputs, {"name", "dtype", "shape"}),
-        "outputs": (manifest.outputs, {"name", "dtype", "shape"}),
-    }
-    for key, (found, wanted) in rows.items():
-        whole = isinstance(found, list) and bool(found)
-        if not whole or not all(isinstance(r, dict) and wanted <= set(r) for r in found):
-            raise ArtifactError(
-                f"{path}: {key} must list entries with {sorted(wanted)}. {_AGAIN}",
-                code="DCR-A002",
-            )
-    for key in ("inputs", "outputs"):
-        for row in getattr(manifest, key):
-            if not _is_tensor(row):
-                raise ArtifactError(
-                    f"{path}: {key} has {str(row)[:200]}, which names no tensor. {_AGAIN}",
-                    code="DCR-A002",
-                )
-    names = [row[key] for row in manifest.buckets for key in ("onnx", "golden")]
-    if not all(isinstance(name, str) for name in (*names, manifest.weights)):
-        raise ArtifactError(
-            f"{path}: weights and the files of a timestep bucket must be paths. {_AGAIN}",
-            code="DCR-A002",
-        )
-    for row in manifest.buckets:
-        low, high = row["low"], row["high"]
-        if not (_is_number(low) and _is_number(high) and low < high):
-            raise ArtifactError(
-                f"{path}: a timestep bucket goes from {str(low)[:40]} to {str(high)[:40]}. {_AGAIN}",
-                code="DCR-A002",
-            )
-    precision = manifest.precision
-    if not isinstance(precision, dict) or precision.get("type") not in PRECISIONS:
-        raise ArtifactError(
-            f"{path}: precision must have a type of {list(PRECISIONS)}. {_AGAIN}",
-            code="DCR-A002",
-        )
-    if not isinstance(manifest.constants, dict):
-        raise ArtifactError(
-            f"{path}: constants must map arguments to values. {_AGAIN}", code="DCR-A002"
-        )
-    if not _are_profile_graphs(manifest):
-        raise ArtifactError(
-            f"{path}: profile_graphs must list entries with onnx, buckets, kept_inputs and remark, "
-            f"each bucket once. {_AGAIN}",
-            code="DCR-A002",
-        )
-    files = manifest.files
-    if not isinstance(files, dict) or not all(
-        isinstance(e, dict)
-        and isinstance(e.get("sha256"), str)
-        and type(e.get("bytes")) is int
-        for e in files.values()
-    ):
-        raise ArtifactError(
-            f"{path}: files must map paths to sha256 and bytes. {_AGAIN}", code="DCR-A002"
-        )
-
-
-def _is_tensor(row: Mapping[str, Any]) -> bool:
-    """Whether a row says name, dtype and shape of a tensor."""
-    shape = row["shape"]
-    return (
-        isinstance(row["name"], str)
-        and isinstance(row["dtype"], str)
-        and row["dtype"] in DTYPES
-        and isinstance(shape, list)
-        and all(type(size) is int and 0 <= size < 1 << 31 for size in shape)
-    )
-
-
-def _are_profile_graphs(manifest: Manifest) -> bool:
-    """Whether the rows have their form, and serve every timestep bucket once or are none."""
-    rows = manifest.profile_graphs
-    if not isinstance(rows, list) or not all(_is_profile_graph(r, manifest) for r in rows):
-        return False
-    served = sorted(bucket for row in rows for bucket in row["buckets"])
-    return not rows or served == list(range(len(manifest.buckets)))
-
-
-def _is_profile_graph(row: Any, manifest: Manifest) -> bool:
-    if not isinstance(row, dict) or not {"onnx", "buckets", "kept_inputs", "remark"} <= set(
-        row
-    ):
-        return False
-    buckets, inputs = row["buckets"], row["kept_inputs"]
-    return (
-        isinstance(row["onnx"], str)
-        and isinstance(buckets, list)
-        and all(type(bucket) is int for bucket in buckets)
-        and isinstance(inputs, dict)
-        and isinstance(manifest.schedule, dict)  # whatever stands there in a damaged file
-        and all(
-            isinstance(block, str) and block in manifest.schedule for block in inputs.values()
-        )
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def verify_artifact(
     folder: Path, manifest: Manifest, only: Collection[str] | None = None
-) -> None:
+) -> dict[str, Stamp]:
     """Raise unless every file is there and is the one that was written.
 
     Args:
         folder: the artifact.
         manifest: its manifest.
         only: folders to look at, some of onnx, golden and model; None for all of them.
+
+    Returns:
+        Relative path -> how the file looked when its hash was right, for :func:`check_file_again`.
 
     Raises:
         ArtifactError: a file is missing, truncated, changed, not listed, or out of the folder.
@@ -318,11 +214,42 @@ def verify_artifact(
             f"does not list. Delete it, or make the artifact anew with diffcr compile.",
             code="DCR-A005",
         )
-    for name in sorted(listed):
-        _check_file(folder, name, manifest.files[name])
+    return {name: _check_file(folder, name, manifest.files[name]) for name in sorted(listed)}
 
 
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+def check_file_again(folder: Path, manifest: Manifest, name: str, seen: Stamp) -> Stamp:
+    """Raise unless a file is still the one that was written; hashed only where it looks otherwise.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        name: relative path, as the manifest lists it.
+        seen: how it looked when its hash was right.
+
+    Returns:
+        How it looks now.
+
+    Raises:
+        ArtifactError: it is gone or has another hash.
+    """
+    path = folder / name
+    if path.is_file() and _stamp(path) == seen:
+        return seen
+    return _check_file(folder, name, manifest.files[name])
+
+
+def _stamp(path: Path) -> Stamp:
+    found = path.stat()
+    return (
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    )
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> Stamp:
     path = folder / name
     if not path.is_file():
         raise ArtifactError(
@@ -333,6 +260,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
             f"{path} is a link to {path.resolve()}, out of the artifact. Put the file itself there.",
             code="DCR-A006",
         )
+    stamp = _stamp(path)  # before it is read: a change in between shows later
     found = path.stat().st_size
     if found != entry["bytes"]:
         raise ArtifactError(
@@ -347,6 +275,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
             f"{entry['sha256'][:12]}…. {_AGAIN}",
             code="DCR-A004",
         )
+    return stamp
 
 
 def _check_references(folder: Path, manifest: Manifest) -> None:

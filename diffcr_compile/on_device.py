@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffcr_compile.errors import INTERRUPTED, DiffCRError
+from diffcr_compile.durable import disk_errors_in_words
+from diffcr_compile.engine_plan import ENGINE_MODES, LAYOUT_REASONS
+from diffcr_compile.errors import INTERRUPTED, ArtifactError, DiffCRError
 from diffcr_compile.manifest import read_manifest, verify_artifact
 
 # Written by ``diffcr pack``: the target that the artifact was packed for, and the mode that suits it.
@@ -23,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is that of ``diffcr``."""
     options = _parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
+        with disk_errors_in_words(options.folder):
+            status: int = options.run(options)
     except DiffCRError as error:
         print(f"{type(error).__name__} {error}", file=sys.stderr)
         return error.exit_code
@@ -116,8 +119,27 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _packed_for(folder: Path) -> dict[str, Any]:
+    """What ``diffcr pack`` wrote about the target; nothing where the artifact was not packed.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
     path = folder / DEVICE_FILE
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, expected an object")
+        for key, known in (("mode", ENGINE_MODES), ("layout", tuple(LAYOUT_REASONS))):
+            if key in found and found[key] not in known:
+                raise ValueError(
+                    f"{key} is {str(found[key])[:40]!r}, expected one of {list(known)}"
+                )
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}. Unpack the zip again, or make it anew with diffcr pack."
+        ) from error
     return found
 
 

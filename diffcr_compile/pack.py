@@ -33,7 +33,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same artifact gives the same bytes
 # What the runtime is made of; below these, everything but the exceptions.
 _SOURCES = (
     "__init__.py", "callable_package.py", "device_doctor.py", "device_state.py", "durable.py", "engine_plan.py",
-    "error_cases.py", "errors.py", "manifest.py", "on_device.py", "validate.py", "py.typed",
+    "error_cases.py", "errors.py", "manifest.py", "manifest_form.py", "on_device.py", "validate.py", "py.typed",
     "runtime/*.py", "export/__init__.py", "export/golden.py", "export/parity.py", "export/device/*.py",
 )  # fmt: skip
 _NEEDS_TORCH = frozenset({"diffusers_adapter.py"})
@@ -90,9 +90,9 @@ def pack(artifact: Path, path: Path, target: Target | None = None) -> Packed:
         ResourceError: the zip cannot be written.
     """
     if path.suffix != ".zip":
-        raise UsageError(
-            f"the package is a zip; name it so, such as {path.with_suffix('.zip')}"
-        )
+        has_name = path.name not in ("", "..")
+        example = path.with_suffix(".zip") if has_name else path / "model.zip"
+        raise UsageError(f"the package is a zip, got {path}; name it so, such as {example}")
     manifest = read_manifest(artifact)
     verify_artifact(artifact, manifest)
     mode = choose_mode(manifest, target).mode if target else "per_bucket"

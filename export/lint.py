@@ -19,7 +19,7 @@ import onnx
 
 from diffcr_compile.errors import ArtifactError, TargetError, UsageError
 from diffcr_compile.export.onnx_facts import GraphFacts, Node, read_facts
-from diffcr_compile.manifest import MANIFEST_FILE, read_manifest
+from diffcr_compile.manifest import MANIFEST_FILE, read_manifest, verify_artifact
 from diffcr_compile.planning.target_files import KnownBug, Spelling
 from diffcr_compile.planning.targets import Target
 
@@ -79,13 +79,15 @@ def lint(path: Path, targets: Sequence[Target]) -> list[Finding]:
 
     Raises:
         UsageError: there is neither.
-        ArtifactError: a graph is missing or no ONNX.
+        ArtifactError: a graph is missing or no ONNX, or a file of the artifact was changed.
     """
     if path.is_file():
         return lint_file(path, targets)
     if not (path / MANIFEST_FILE).is_file():
         raise UsageError(f"{path} is neither an ONNX file nor the folder of an artifact")
     manifest = read_manifest(path)
+    # what fits a target here must be what is built there
+    verify_artifact(path, manifest, only=("onnx", "model"))
     origins = _node_maps(path)
     findings = []
     rows = (*manifest.buckets, *manifest.profile_graphs)
@@ -145,8 +147,23 @@ def _node_maps(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / _NODE_MAP
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: export the artifact again")
-    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not _are_node_maps(found):
+            raise ValueError("it does not map graphs to names of nodes and modules")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Copy the artifact again, or make it anew with diffcr compile."
+        ) from error
+    maps: dict[str, dict[str, str]] = found
+    return maps
+
+
+def _are_node_maps(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(nodes, dict) and all(isinstance(origin, str) for origin in nodes.values())
+        for nodes in found.values()
+    )
 
 
 def _grouped(facts: GraphFacts, target: Target, blocks: Sequence[str]) -> list[Finding]:

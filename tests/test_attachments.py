@@ -34,7 +34,7 @@ def model() -> Any:
 
 
 class LoraLinear(nn.Module):
-    """What peft's layers look like from outside: base_layer, lora_A, lora_B, merge, merged."""
+    """What peft's layers look like from outside: base_layer, lora_A, lora_B, merge, merged, disable_adapters."""
 
     def __init__(self, base_layer: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -46,16 +46,27 @@ class LoraLinear(nn.Module):
             {"style": nn.Linear(rank, base_layer.out_features, bias=False)}
         )
         self.active_adapters = ["style"]
-        self.merged = False
+        self.merged = self.disable_adapters = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         out: Tensor = self.base_layer(x)
-        return out if self.merged else out + self.lora_B["style"](self.lora_A["style"](x))
+        return (
+            out
+            if self.merged or self.disable_adapters
+            else out + self.lora_B["style"](self.lora_A["style"](x))
+        )
 
     @torch.no_grad()
     def merge(self) -> None:
         self.base_layer.weight += self.lora_B["style"].weight @ self.lora_A["style"].weight
         self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        self.base_layer.weight -= self.lora_B["style"].weight @ self.lora_A["style"].weight
+        self.merged = False
 
 
 def with_lora(model: nn.Module) -> nn.Module:
@@ -101,6 +112,47 @@ def test_adapters_are_fused_on_a_copy_when_asked() -> None:
     assert (plain - expected).abs().max() > 1e-3  # the adapters do something
     assert all(torch.equal(t, before[n]) for n, t in adapted.state_dict().items())
     assert isinstance(adapted.get_submodule("transformer_blocks.0.attn1.to_q"), LoraLinear)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_that_are_switched_off_are_not_fused(merged: bool) -> None:
+    dit, inputs = models.DIFFUSERS["dit"]()
+    adapted = with_lora(copy.deepcopy(dit)).eval()
+    for layer in (m for m in adapted.modules() if isinstance(m, LoraLinear)):
+        if merged:
+            layer.merge()
+        layer.disable_adapters = True
+    fused = prepared(adapted, fuse_adapters=True)
+    assert fused is not adapted
+    assert not any(isinstance(m, LoraLinear) for m in fused.modules())
+    with torch.no_grad():
+        found, expected = fused(**inputs).sample, dit(**inputs).sample
+    # merged and taken out again, weights keep a rounding
+    assert torch.allclose(found, expected, atol=1e-5 if merged else 0.0)
+
+
+def test_only_those_adapters_of_peft_that_are_on_are_fused() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"on": nn.Linear(4, 4), "off": nn.Linear(4, 4)})
+    config = peft.LoraConfig(target_modules=["on", "off"], init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, copy.deepcopy(net))
+    adapted["off"].enable_adapters(False)
+    fused = prepared(adapted, fuse_adapters=True)
+    assert torch.equal(fused["off"].weight, net["off"].weight)
+    assert not torch.allclose(fused["on"].weight, net["on"].weight)
+    x = torch.randn(3, 4)
+    for name in net:
+        assert torch.allclose(fused[name](x), adapted[name](x), atol=1e-6)
+
+
+def test_an_adapter_that_cannot_be_taken_out_again_is_refused(model: Any) -> None:
+    layer = LoraLinear(nn.Linear(2, 2))
+    layer.merged = layer.disable_adapters = True
+    layer.unmerge = None  # type: ignore[assignment]
+    model.foreign = layer
+    with pytest.raises(UnsupportedModelError, match=r"foreign .* has no unmerge"):
+        prepared(model, fuse_adapters=True)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_also_when_fusing_is_asked(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import os
@@ -327,3 +329,49 @@ def test_what_is_no_json_of_polygraphy_is_refused(tmp_path: Path, text: str) -> 
     for read in (read_inputs, read_outputs):
         with pytest.raises(UsageError):
             read(tmp_path / "x.json")
+
+
+def _npz() -> bytes:
+    data = io.BytesIO()
+    np.savez(data, x=np.zeros(2))
+    return data.getvalue()
+
+
+def _npy(array: Any) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def _header(text: str) -> bytes:
+    head = text.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+
+
+NO_ARRAYS = {
+    "nothing": b"",
+    "npz": _npz(),
+    "bad zip": b"PK\x03\x04 and no more",
+    "text": b"1.0 2.0",
+    "pickle": _npy(np.array([{}], dtype=object)),
+    "words": _npy(np.array(["a"])),
+    "cut": _npy(np.zeros(4))[:-1],
+    "longer": _npy(np.zeros(4)) + b"0",
+    "huge": _header("{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,)}"),
+    "negative": _header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}"),
+    "no header": _header("{'descr': '<f8', 'fortran_order': "),
+    "deep": _header("(" * 110),
+    "other version": b"\x93NUMPY\x09\x00" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_bytes_that_are_no_array_of_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    array = {
+        "array": base64.b64encode(NO_ARRAYS[name]).decode(),
+        "polygraphy_class": "ndarray",
+    }
+    (tmp_path / "in.json").write_text(json.dumps([{"x": array}]))
+    with pytest.raises(UsageError, match="arrays of numpy") as caught:
+        read_inputs(tmp_path / "in.json")
+    assert caught.value.code == "DCR-U006"

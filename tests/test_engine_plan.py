@@ -46,7 +46,7 @@ def make_manifest(
         versions={},
         inputs=spec,
         outputs=spec,
-        timestep_input="t",
+        timestep_input="x",
         sample_input="x",
         buckets=[
             {"index": i, "low": i, "high": i + 1, "weight": 1, "onnx": g, "golden": "golden/g"}
@@ -56,7 +56,7 @@ def make_manifest(
         schedule=SCHEDULE,
         num_tokens=dict.fromkeys(SCHEDULE, 64),
         budget={},
-        parity={},
+        parity={"tolerance": 1e-4, "measure": "max_abs"},
         files={name: {"sha256": "0", "bytes": weight_bytes} for name in names},
         stages={},
         profile_graphs=profile_graphs,

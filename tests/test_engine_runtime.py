@@ -582,6 +582,6 @@ def test_a_manifest_whose_schedule_is_no_mapping_is_refused_in_words(
 ) -> None:
     damaged = dataclasses.replace(read_manifest(out), schedule=schedule)
     write_manifest(out, damaged)
-    with pytest.raises(ArtifactError, match="profile_graphs") as caught:
+    with pytest.raises(ArtifactError, match="schedule must map blocks") as caught:
         load(out)
     assert caught.value.code == "DCR-A002"

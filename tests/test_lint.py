@@ -22,9 +22,9 @@ from diffcr_compile.export.lint import Finding, lint, lint_file, over_files, ref
 from diffcr_compile.export.onnx_facts import read_facts
 from diffcr_compile.export.onnx_model import onnx_from_program
 from diffcr_compile.export.weights import write_shared_weights
-from diffcr_compile.manifest import read_manifest
+from diffcr_compile.manifest import hash_files, read_manifest, write_manifest
 from diffcr_compile.planning.targets import Target, all_targets, find_target
-from tests import models
+from tests import device_artifact, models
 from tests.conftest import Case
 
 F32, F16, BF16, F64, F8, I64, BOOL = (
@@ -471,3 +471,42 @@ def test_compile_makes_graphs_for_the_target_of_the_settings(tmp_path: Path) -> 
         for axis in (node.output_shapes[0] or ())[-1:]
     }
     assert max(sizes) == 9
+
+
+# ------------------------------------------------------------------------- artifacts that were touched
+
+
+def _cut_node_map(folder: Path) -> None:
+    path = folder / "model/node_map.json"
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def _swap_graphs(folder: Path) -> None:
+    data = (folder / "onnx/bucket_00.onnx").read_bytes()
+    (folder / "onnx/bucket_01.onnx").write_bytes(data)
+
+
+@pytest.mark.parametrize("touch", [_cut_node_map, _swap_graphs])
+def test_an_artifact_that_was_touched_is_not_linted(
+    touch: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = device_artifact.write(tmp_path / "out")
+    assert errors_of(folder, find_target("ort-cpu")) == []
+    touch(folder)
+    with pytest.raises(ArtifactError) as caught:
+        lint(folder, [find_target("ort-cpu")])
+    assert (caught.value.code, caught.value.exit_code) == ("DCR-A004", 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"onnx/bucket_00.onnx": 5}', '{"a": {"b": 1}}', "\xff"]
+)
+def test_a_node_map_of_another_form_is_refused_though_its_hash_fits(
+    text: str, tmp_path: Path
+) -> None:
+    folder = device_artifact.write(tmp_path / "out")
+    (folder / "model/node_map.json").write_bytes(text.encode("latin-1"))
+    manifest = read_manifest(folder)
+    write_manifest(folder, dataclasses.replace(manifest, files=hash_files(folder)))
+    with pytest.raises(ArtifactError, match=r"node_map\.json cannot be read"):
+        lint(folder, [find_target("ort-cpu")])

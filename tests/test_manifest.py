@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -60,7 +61,7 @@ def make_manifest(folder: Path) -> Manifest:
         schedule={"blocks.0": [4]},
         num_tokens={"blocks.0": 8},
         budget={"metric": "macs", "asked": 0.6, "reached": 0.59},
-        parity={"tolerance": 1e-4, "buckets": []},
+        parity={"tolerance": 1e-4, "measure": "max_abs", "buckets": []},
         files=hash_files(folder),
         stages={"export": "done"},
     )
@@ -221,6 +222,96 @@ def test_parts_of_another_form_are_refused(folder: Path, key: str, value: object
     edit(folder, lambda data: data.update({key: value}))
     with pytest.raises(ArtifactError):
         check(folder)
+
+
+def two_buckets(data: dict[str, Any], **changes: Any) -> None:
+    """Make it an artifact of two timestep buckets, then change the second."""
+    first = data["buckets"][0]
+    second = {**first, "index": 1, "low": first["high"], "high": 2000.0}
+    data.update(buckets=[first, {**second, **changes}], timestep_input="x")
+    data["schedule"] = {"blocks.0": [4, 8]}
+
+
+@pytest.mark.parametrize("changes", [{}, {"low": 1000}], ids=["as written", "whole"])
+def test_a_manifest_with_two_buckets_is_read(folder: Path, changes: dict[str, Any]) -> None:
+    edit(folder, lambda data: two_buckets(data, **changes))
+    check(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"low": 900.0}, r"timestep bucket 1 begins at 900\.0, expected 1000\.0"),
+        ({"low": 1100.0}, "begins at 1100"),
+        ({"low": 0.0, "high": 500.0}, "begins at 0"),
+        ({"high": 1000.0}, "goes from 1000"),
+        ({"high": None}, "goes from 1000.0 to None"),
+        ({"index": 0}, "timestep bucket 1 has the index 0"),
+        ({"index": True}, "has the index True"),
+        ({"weight": "1"}, "has the weight '1'"),
+        ({"weight": -0.5}, "has the weight -0.5"),
+    ],
+)
+def test_buckets_that_do_not_follow_one_another_are_refused(
+    folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit(folder, lambda data: two_buckets(data, **changes))
+    with pytest.raises(ArtifactError, match=words) as caught:
+        read_manifest(folder)
+    assert caught.value.code == "DCR-A002"
+
+
+def test_several_buckets_without_a_timestep_to_choose_by_are_refused(folder: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        two_buckets(data)
+        data["timestep_input"] = None
+
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match="timestep_input is null, but there are 2"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("role", ["timestep_input", "sample_input"])
+@pytest.mark.parametrize("value", ["y", "", 3, ["x"], {}])
+def test_a_role_that_no_input_has_is_refused(folder: Path, role: str, value: Any) -> None:
+    edit(folder, lambda data: data.update({role: value}))
+    with pytest.raises(ArtifactError, match=rf"{role} is .*the inputs are \['x'\]"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("schedule", None),
+        ("schedule", []),
+        ("schedule", {"blocks.0": 4}),
+        ("schedule", {"blocks.0": []}),
+        ("schedule", {"blocks.0": [4, 4]}),
+        ("schedule", {"blocks.0": [4.0]}),
+        ("schedule", {"blocks.0": [-1]}),
+        ("schedule", {"blocks.0": [9]}),
+        ("schedule", {"blocks.1": [4]}),
+        ("num_tokens", None),
+        ("num_tokens", {"blocks.0": "8"}),
+        ("num_tokens", {}),
+        ("parity", None),
+        ("parity", []),
+        ("parity", {}),
+        ("parity", {"tolerance": 1e-4}),
+        ("parity", {"measure": "max_abs"}),
+        ("parity", {"tolerance": "1", "measure": "max_abs"}),
+        ("parity", {"tolerance": -1, "measure": "max_abs"}),
+        ("parity", {"tolerance": 0.1, "measure": "cosine"}),
+        ("parity", {"tolerance": 0.1, "measure": ["max_abs"]}),
+    ],
+)
+def test_schedules_and_gates_of_another_form_are_refused(
+    folder: Path, key: str, value: Any
+) -> None:
+    edit(folder, lambda data: data.update({key: value}))
+    with pytest.raises(ArtifactError, match=f"{key.removesuffix('s')}|schedule") as caught:
+        read_manifest(folder)
+    assert caught.value.code == "DCR-A002"
 
 
 def test_only_looks_at_the_folders_it_is_told(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffcr_compile import cli
+from diffcr_compile import cli, on_device
 from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.manifest import Manifest, hash_files, read_manifest, write_manifest
 from diffcr_compile.pack import pack, runtime_sources
 from diffcr_compile.planning.targets import find_target
+from diffcr_compile.runtime import open_engines
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
@@ -236,6 +238,9 @@ def test_a_target_chooses_the_mode_of_the_script(artifact: Path, tmp_path: Path)
 def test_what_cannot_be_packed_is_refused(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.zip"):
         pack(artifact, tmp_path / "model.tar")
+    for no_name in (Path("."), Path(".."), Path("/")):
+        with pytest.raises(UsageError, match=r"the package is a zip.*such as \S*\.zip"):
+            pack(artifact, no_name)
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
     (copy / "onnx/weights.bin").write_bytes(b"other")
     with pytest.raises(ArtifactError, match="weights"):
@@ -252,3 +257,31 @@ def test_the_verb_says_where_the_zip_is(
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"] == (tmp_path / "x.zip").stat().st_size
     assert "diffcr_runtime.pyz" in found["files"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\xff", '{"mode": "fastest"}', '{"mode": ["profiles"]}', '{"layout": 1}', "[" * 9999]
+)  # fmt: skip
+def test_a_damaged_file_about_the_target_is_said_in_words(
+    text: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    (copy / "device.json").write_bytes(text.encode("latin-1"))
+    monkeypatch.setattr(open_engines, "open_device", lambda: (None, None, "a device"))
+    assert on_device.main(["build", str(copy)]) == 7
+    said = capsys.readouterr().err
+    assert "ArtifactError DCR-A000" in said
+    assert "device.json is damaged" in said
+    assert "diffcr pack" in said
+
+
+def test_what_the_disk_answers_on_a_device_is_said_in_words(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "engine.plan")
+
+    monkeypatch.setattr(on_device, "verify_artifact", full)
+    assert on_device.main(["validate", str(artifact)]) == 5
+    said = capsys.readouterr().err
+    assert "ResourceError DCR-R001: engine.plan cannot be read or written" in said

@@ -6,6 +6,7 @@ The artifact here is written by hand with onnx.helper: bucket b computes ``x * (
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from diffcr_compile.durable import atomic_write_bytes
-from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
+from diffcr_compile.errors import (
+    ArtifactError,
+    EnvironmentMissingError,
+    ResourceError,
+    UsageError,
+)
 from diffcr_compile.manifest import Manifest, hash_files, write_manifest
 from diffcr_compile.runtime import Runner, backend, euler_flow, load, onnx_backend
 from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import TimestepBuckets
+from tests import device_artifact
 
 EDGES = (0.0, 250.0, 500.0, 1000.0)
 INPUTS = [
@@ -89,7 +96,7 @@ def write_toy(
         schedule={},
         num_tokens={},
         budget={"metric": "macs", "asked": None, "reached": None},
-        parity={},
+        parity={"tolerance": 1e-4, "measure": "max_abs"},
         files=hash_files(folder),
         stages={},
     )
@@ -198,11 +205,45 @@ def test_a_call_that_does_not_fit_is_refused_and_told_what_was_built(
     assert "x float32[2, 3], t float32[2, 1], label int64[2]" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["with grad", "bfloat16", "meta", "ragged"])
+def test_what_numpy_cannot_read_is_refused_with_the_call_that_makes_it_readable(
+    runner: Runner, kind: str
+) -> None:
+    import torch
+
+    x: Any = {
+        "with grad": torch.zeros(2, 3, requires_grad=True),
+        "bfloat16": torch.zeros(2, 3, dtype=torch.bfloat16),
+        "meta": torch.zeros(2, 3, device="meta"),
+        "ragged": [[1.0, 2.0], [3.0]],
+    }[kind]
+    with pytest.raises(
+        UsageError, match=r"x\.detach\(\)\.float\(\)\.cpu\(\)\.numpy"
+    ) as caught:
+        runner(**call(x=x))
+    assert caught.value.code == "DCR-U021"
+    assert "x float32[2, 3], t float32[2, 1], label int64[2]" in str(caught.value)
+
+
 def test_a_missing_input_is_named(runner: Runner) -> None:
     inputs = call()
     del inputs["label"]
     with pytest.raises(UsageError, match=r"missing: \['label'\]"):
         runner(**inputs)
+
+
+@pytest.mark.parametrize("label", [10, 99, -11])
+def test_a_label_that_the_model_does_not_have_is_refused_in_words(
+    tmp_path: Path, label: int
+) -> None:
+    runner = load(device_artifact.write(tmp_path), threads=1)
+    inputs = device_artifact.call(125.0)
+    with pytest.raises(
+        UsageError, match=rf"timestep bucket 0 .*idx={label}.*labels"
+    ) as caught:
+        runner(**{**inputs, "label": np.array([3, label])})
+    assert caught.value.code == "DCR-U058"
+    runner(**inputs)
 
 
 def test_sessions_are_made_at_first_use_and_kept(
@@ -236,6 +277,77 @@ def test_a_tampered_artifact_does_not_load_unless_told_not_to_look(
     with pytest.raises(ArtifactError, match=r"bucket_00\.onnx was changed"):
         load(copy)
     load(copy, verify=False)
+
+
+@pytest.mark.parametrize("name", ["onnx/bucket_01.onnx", "onnx/weights.bin"])
+def test_a_file_that_is_changed_after_the_load_is_not_opened(
+    toy: Path, tmp_path: Path, name: str
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    runner(**call(100.0))
+    atomic_write_bytes(copy / name, (copy / "onnx/bucket_00.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=name) as caught:
+        runner(**call(300.0))
+    assert caught.value.code == "DCR-A004"
+    runner(**call(100.0))  # what is open already is of the artifact that was loaded
+
+
+def test_a_file_that_is_changed_while_it_is_opened_does_not_run(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+
+    def other(path: Path, *options: Any) -> Any:
+        atomic_write_bytes(path, (copy / "onnx/bucket_00.onnx").read_bytes())
+        return backend.make_session(path, *options)
+
+    monkeypatch.setattr(onnx_backend, "make_session", other)
+    runner = load(copy, threads=1)
+    for _ in range(2):  # the session was not kept
+        with pytest.raises(ArtifactError, match=r"bucket_01\.onnx"):
+            runner(**call(300.0))
+
+
+def test_a_file_that_was_only_copied_anew_after_the_load_is_opened(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    data = (copy / "onnx/bucket_01.onnx").read_bytes()
+    atomic_write_bytes(copy / "onnx/bucket_01.onnx", data)
+    np.testing.assert_array_equal(runner(**call(300.0)), load(toy)(**call(300.0)))
+
+
+def test_a_change_is_found_also_where_size_and_time_are_the_old_ones(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    path = copy / "onnx/bucket_01.onnx"
+    runner, before = load(copy, threads=1), path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ArtifactError, match="was changed"):
+        runner(**call(300.0))
+
+
+def test_an_artifact_that_is_gone_after_the_load_is_said_in_words(
+    toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy, tmp_path / "copy")
+    runner = load(copy, threads=1)
+    shutil.rmtree(copy)
+    with pytest.raises(ArtifactError, match="is missing"):
+        runner(**call(300.0))
+
+
+def test_a_closed_runner_refuses_to_run(toy: Path) -> None:
+    runner = load(toy, threads=1)
+    runner(**call())
+    runner.close()
+    runner.close()
+    with pytest.raises(ResourceError, match="was closed"):
+        runner(**call())
 
 
 def test_a_file_that_is_no_onnx_is_refused_in_words(toy: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,31 @@ def make_session(
             code="DCR-E001",
         )
     return session
+
+
+def run_session(session: Any, arrays: Mapping[str, Any], what: str) -> list[Any]:
+    """Outputs of a session, in graph order.
+
+    Args:
+        session: made by :func:`make_session`.
+        arrays: its inputs.
+        what: is run, for the message.
+
+    Raises:
+        UsageError: an input has a value that the graph cannot take, such as a row that a table lacks.
+    """
+    try:
+        outputs: list[Any] = session.run(None, dict(arrays))
+    except Exception as error:
+        # names and types were checked before, so what is left are values
+        if type(error).__name__ != "InvalidArgument":
+            raise
+        raise UsageError(
+            f"ONNX Runtime cannot run {what} with these values: {' '.join(str(error).split())[:400]}. Give indices, such "
+            "as class labels, that the model has, and try again.",
+            code="DCR-U058",
+        ) from error
+    return outputs
 
 
 def _onnxruntime() -> Any:

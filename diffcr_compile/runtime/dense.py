@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffcr_compile.runtime.backend import make_session
+from diffcr_compile.runtime.backend import make_session, run_session
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 
@@ -24,7 +24,6 @@ class DenseRunner:
         self.inputs = {node.name: node for node in self.session.get_inputs()}
 
     def __call__(self, **inputs: Any) -> Any:
-        outputs = self.session.run(
-            None, {name: as_graph_input(np.asarray(value)) for name, value in inputs.items()}
-        )
+        arrays = {name: as_graph_input(np.asarray(value)) for name, value in inputs.items()}
+        outputs = run_session(self.session, arrays, "the dense model")
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -22,6 +22,7 @@ from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.constants import constant_to_json
 from diffcr_compile.runtime.runner import Runner
 
+_RETURN_DICT = "return_dict"
 _OUTPUT = "diffusers.models.modeling_outputs.Transformer2DModelOutput"
 
 
@@ -69,8 +70,8 @@ class CompiledDenoiser(nn.Module):
         options: of :class:`Runner`, if a folder is given.
 
     Raises:
-        UsageError: a call has other shapes, other inputs, or other values of what is fixed in the graphs,
-            than the artifact was built for.
+        UsageError: a call does not fit the signature of the model's forward, or has other shapes, other inputs,
+            or other values of what is fixed in the graphs, than the artifact was built for.
     """
 
     config: Any  # the dense model's
@@ -91,9 +92,7 @@ class CompiledDenoiser(nn.Module):
         self.config = dense.config
         self.dtype: torch.dtype = dense.dtype
         self.register_buffer("_device", torch.empty(0, device=dense.device), persistent=False)
-        parameters = inspect.signature(dense.forward).parameters.values()
-        self._names = [p.name for p in parameters]
-        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._signature = _with_return_dict(inspect.signature(dense.forward))
         self._wanted = {
             spec["name"]: (tuple(spec["shape"]), np.dtype(spec["dtype"]))
             for spec in self.runner.manifest.inputs
@@ -111,9 +110,11 @@ class CompiledDenoiser(nn.Module):
         """Pipelines name their guidance branches for caching libraries; there is nothing to cache."""
         yield
 
-    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """One step; what the dense model's forward takes."""
-        given = self._given(args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step; what the dense model's forward takes, and ``return_dict`` where it has none."""
+        call = self._bound(args, kwargs)
+        return_dict = call.pop(_RETURN_DICT)
+        given = dict(_flat(call))
         self._check_constants(given)
         parts = [self._run(part) for part in self._parts(self._tensors(given))]
         outputs = tuple(
@@ -131,15 +132,24 @@ class CompiledDenoiser(nn.Module):
     def fits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call has the inputs and shapes that were built."""
         wanted = {name: shape for name, (shape, _) in self._wanted.items()}
+        given = dict(_flat(self._bound(args, kwargs)))
         return all(
             {name: tuple(self._prepared(name, t).shape) for name, t in part.items()} == wanted
-            for part in self._parts(self._tensors(self._given(args, kwargs)))
+            for part in self._parts(self._tensors(given))
         )
 
-    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every leaf of a call by the name that a captured graph gives it."""
-        call = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
-        return dict(_flat(call))
+    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by parameter name, defaults filled in; inputs that are missing are refused later, by name."""
+        try:
+            bound = self._signature.bind_partial(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(
+                f"the call does not fit the model's forward({', '.join(self._signature.parameters)}): {error}. "
+                f"This artifact was built for {self.built()}",
+                code="DCR-U020",
+            ) from error
+        bound.apply_defaults()
+        return dict(bound.arguments)
 
     def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         return {
@@ -169,7 +179,7 @@ class CompiledDenoiser(nn.Module):
         if not self._splits_batch or sample not in tensors or sample not in self._wanted:
             return [tensors]
         built = self._wanted[sample][0][0]
-        if tensors[sample].shape[0] != 2 * built:
+        if tuple(tensors[sample].shape[:1]) != (2 * built,):
             return [tensors]
         halves: list[dict[str, Tensor]] = [{}, {}]
         for name, tensor in tensors.items():
@@ -192,7 +202,7 @@ class CompiledDenoiser(nn.Module):
             or not isinstance(leaf, Tensor)  # the runner refuses unknown tensors
         }
         for name in {**said, **built}:
-            if name in self._wanted or name == "return_dict":
+            if name in self._wanted or name == _RETURN_DICT:
                 continue
             if said.get(name) != built.get(name):
                 raise UsageError(
@@ -254,8 +264,7 @@ class CompiledDenoiser(nn.Module):
             return tensor
         shape, dtype = self._wanted[name]
         if name == self.runner.manifest.timestep_input and tensor.numel() == 1:
-            tensor = tensor.reshape(1, *tensor.shape[1:]) if tensor.ndim else tensor.reshape(1)
-            tensor = tensor.expand(shape)
+            tensor = tensor.reshape(()).expand(shape)  # whatever axes it has, it is one number
         if tensor.is_floating_point() and dtype.kind == "f":
             # numpy has no bfloat16; between float types a pipeline's choice is not an error
             tensor = tensor.to(getattr(torch, dtype.name))
@@ -299,8 +308,20 @@ class SeveralResolutions(nn.Module):
         )
 
 
+def _with_return_dict(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with the argument that chooses between a tuple and an output class."""
+    if _RETURN_DICT in signature.parameters:
+        return signature
+    added = inspect.Parameter(_RETURN_DICT, inspect.Parameter.KEYWORD_ONLY, default=True)
+    parameters = [*signature.parameters.values(), added]
+    return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
+
+
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().numpy()
+    if tensor.is_meta:
+        return tensor  # it has no values; the runner says so in words
+    # numpy knows no lazy conjugate and no lazy minus
+    return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
 
 
 def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

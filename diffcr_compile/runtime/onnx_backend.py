@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.errors import EnvironmentMissingError
+from diffcr_compile.errors import EnvironmentMissingError, ResourceError
 from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.backend import Provider, check_provider, make_session
+from diffcr_compile.runtime.backend import Provider, check_provider, make_session, run_session
+from diffcr_compile.runtime.checked_files import CheckedFiles
 
 Array = npt.NDArray[Any]
 # Weights of which one copy for each graph is too many. A session copies its weights into the layout that its
@@ -77,6 +79,8 @@ class OnnxBackend:
         graphs: of each bucket, see :func:`bucket_graphs`.
         provider: ``cpu`` or ``cuda``.
         threads: threads inside an operator; None for ONNX Runtime's default.
+        weights: file of the weights that the graphs read.
+        checked: the files of the artifact, to be looked at again when one is opened; None to trust them.
 
     Raises:
         UsageError: there is no such provider.
@@ -89,10 +93,13 @@ class OnnxBackend:
         graphs: tuple[BucketGraph, ...],
         provider: Provider,
         threads: int | None,
+        weights: str,
+        checked: CheckedFiles | None,
     ) -> None:
         check_provider(provider)
-        self._artifact, self.graphs = artifact, graphs
-        self._provider, self._threads = provider, threads
+        self._artifact, self.graphs, self._weights = artifact, graphs, weights
+        self._provider, self._threads, self._checked = provider, threads, checked
+        self._closed = False
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         # Only their lengths are read.
@@ -102,22 +109,37 @@ class OnnxBackend:
         ]
 
     def run(self, bucket: int, arrays: Mapping[str, Array]) -> list[Array]:
-        """Outputs of a timestep bucket, in graph order."""
+        """Outputs of a timestep bucket, in graph order.
+
+        Raises:
+            UsageError: an input has a value that the graph cannot take.
+            ArtifactError: at the first use of a graph, it is not the one that was loaded any more.
+            ResourceError: the backend was closed.
+        """
         given = {**arrays, **self._lengths[bucket]}
-        outputs: list[Array] = self._session(bucket).run(None, given)
-        return outputs
+        return run_session(self._session(bucket), given, f"timestep bucket {bucket}")
 
     def close(self) -> None:
-        """Let go of the sessions; the next run makes new ones."""
+        """Let go of the sessions; further runs are refused."""
         with self._lock:
+            self._closed = True
             self._sessions.clear()
 
     def _session(self, bucket: int) -> Any:
         """The session of a bucket; buckets with one graph share one."""
         name = self.graphs[bucket].onnx
         with self._lock:
+            if self._closed:
+                raise ResourceError("this runner was closed; load the artifact again")
             if name not in self._sessions:
-                self._sessions[name] = make_session(
-                    self._artifact / name, self._provider, self._threads
-                )
+                with self._opening(name):
+                    session = make_session(
+                        self._artifact / name, self._provider, self._threads
+                    )
+                self._sessions[name] = session
             return self._sessions[name]
+
+    def _opening(self, graph: str) -> contextlib.AbstractContextManager[None]:
+        if self._checked is None:
+            return contextlib.nullcontext()
+        return self._checked.opening(graph, self._weights)

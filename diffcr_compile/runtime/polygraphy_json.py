@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import tokenize
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,22 @@ from diffcr_compile.errors import UsageError
 
 Array = npt.NDArray[Any]
 _KIND = "polygraphy_class"
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# What base64 and the reader of numpy's headers, which is Python's own parser, raise for some bytes.
+_TROUBLE = (
+    KeyError,
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def write_inputs(path: Path, calls: Sequence[Mapping[str, Array]]) -> None:
@@ -111,9 +129,25 @@ def _to_array(path: Path, value: Any) -> Array:
         raise _no(path, "arrays of numpy")
     try:
         data = base64.b64decode(str(value["array"]).encode("ascii"), validate=True)
-        array: Array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise _no(path, f"arrays of numpy ({error})") from error
+        return _from_npy(data)
+    except _TROUBLE as error:
+        raise _no(path, f"arrays of numpy ({type(error).__name__}: {error})") from error
+
+
+def _from_npy(data: bytes) -> Array:
+    """The array of ``.npy`` bytes. What says that it is larger than it is gets no memory."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, _, dtype = _HEADERS[version](stream)
+    if dtype.kind not in "biufc":
+        raise ValueError(f"elements of type {dtype}, expected numbers")
+    found = len(data) - stream.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != found:
+        raise ValueError(f"{found} bytes for shape {shape} of {dtype}")
+    stream.seek(0)
+    array: Array = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 

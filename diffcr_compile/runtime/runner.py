@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.errors import UsageError
+from diffcr_compile.errors import UsageError, one_line
 from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.runtime.backend import Provider
+from diffcr_compile.runtime.checked_files import CheckedFiles
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 from diffcr_compile.runtime.onnx_backend import (
     BucketGraph,
@@ -50,8 +51,9 @@ class Runner:
         swap: of TensorRT: keep only the current timestep bucket in memory. It takes a change of the
             bucket as long as reading an engine from disk, and as little memory as one bucket.
         cuda_graphs: of TensorRT: replay recorded work where CUDA can record it.
-        verify: check every file that is used against the manifest or the engines' sidecar first.
-            Switch it off only where the artifact was checked before, as in a process that is started
+        verify: check every file that is used against the manifest or the engines' sidecar first. ONNX
+            Runtime opens a graph at the first use of its timestep bucket: files that look otherwise by then
+            are hashed again. Switch it off only where the artifact was checked before, as in a process that is started
             often.
 
     Raises:
@@ -91,13 +93,17 @@ class Runner:
         if backend == "onnxruntime":
             if swap:
                 raise UsageError("swap=True is for engines: backend='tensorrt'")
+            checked = None
             if verify:  # before anything follows a path or a number in the manifest
-                verify_artifact(self.folder, self.manifest)
+                seen = verify_artifact(self.folder, self.manifest)
+                checked = CheckedFiles(self.folder, self.manifest, seen)
             check_precision(self.manifest, provider)
             graphs = bucket_graphs(self.manifest, share_weights)
             if verify:
                 self._verify_graphs(graphs)
-            self.backend = OnnxBackend(self.folder, graphs, provider, threads)
+            self.backend = OnnxBackend(
+                self.folder, graphs, provider, threads, self.manifest.weights, checked
+            )
             return
         if provider != "cpu" or threads is not None or share_weights is not None:
             raise UsageError(
@@ -113,7 +119,7 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Give memory back: engines, contexts, sessions."""
+        """Give memory back: engines, contexts, sessions; further calls are refused."""
         self.backend.close()
 
     def _verify_graphs(self, graphs: Sequence[BucketGraph]) -> None:
@@ -136,8 +142,10 @@ class Runner:
             The output array, or a tuple of them if the model has several.
 
         Raises:
-            UsageError: an input is missing, unknown, of another shape or type, or the timesteps
-                of the call belong to different buckets.
+            UsageError: an input is missing, unknown, of another shape or type, nothing that numpy can read, or
+                has values that the graph cannot take; or the timesteps of the call belong to different buckets.
+            ArtifactError: a graph is needed for the first time, and its file was changed since the load.
+            ResourceError: the runner was closed.
         """
         arrays = self._checked(inputs)
         outputs = self.backend.run(self._bucket(arrays), arrays)
@@ -163,7 +171,7 @@ class Runner:
                 f"{self._signature()}",
                 code="DCR-U020",
             )
-        arrays = {name: np.asarray(inputs[name]) for name in built}
+        arrays = {name: self._array(spec, inputs[name]) for name, spec in built.items()}
         for name, array in arrays.items():
             dtype, shape = built[name]["dtype"], tuple(built[name]["shape"])
             if array.shape != shape:
@@ -180,6 +188,20 @@ class Runner:
                 )
         # the manifest says what the caller passes; a graph takes complex numbers as real pairs
         return {name: as_graph_input(array) for name, array in arrays.items()}
+
+    def _array(self, spec: Mapping[str, Any], value: Any) -> Array:
+        """The input as an array, if numpy can read it."""
+        try:
+            return np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name, kind = spec["name"], type(value)
+            number = ".float()" if spec["dtype"] == "float32" else ""
+            raise UsageError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__} that numpy cannot read: {one_line(error)}. Pass an "
+                f"array; of a tensor of torch, {name}.detach(){number}.cpu().numpy(). This artifact was built for "
+                f"{self._signature()}",
+                code="DCR-U021",
+            ) from error
 
     def _bucket(self, arrays: Mapping[str, Array]) -> int:
         name = self.manifest.timestep_input

@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(options: argparse.Namespace) -> int:
     from diffcr_compile.device_doctor import as_json, examine_device
 
-    folder = options.folder if (options.folder / "manifest.json").is_file() else None
+    folder: Path | None = options.folder
+    if folder != Path():
+        read_manifest(options.folder)  # whoever names an artifact wants to know about that one
+    elif not (options.folder / "manifest.json").is_file():
+        folder = None
     findings = examine_device(folder)
     if options.json:
         print(as_json(findings))

@@ -150,6 +150,9 @@ def test_the_verbs_of_the_device_validate_examine_build_and_check(device: Path) 
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["tensorrt"]["found"] == "10.3.0"
+    done = python(device, pyz, "doctor", "nosuch", path=paths)
+    assert done.returncode == 7
+    assert "DCR-A001" in done.stderr
     done = python(device, pyz, "check", path=paths)
     assert done.returncode == 7
     assert "has no engines for Orin, SM87" in done.stderr

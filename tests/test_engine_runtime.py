@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, ProfileLayout, plan_engines
 from diffcr_compile.errors import (
@@ -33,7 +34,7 @@ from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.layer_map import layer_rows
 from diffcr_compile.export.device.trtexec import UNCHECKED
-from diffcr_compile.manifest import read_manifest, sha256_file, write_manifest
+from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
 from diffcr_compile.runtime.open_engines import open_device
@@ -568,6 +569,48 @@ def test_a_check_that_fails_takes_an_earlier_permission_back(built: Path) -> Non
         check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Zeros())
     with pytest.raises(ArtifactError, match="never compared"):
         load(built, backend="tensorrt")
+
+
+@pytest.mark.parametrize("name", ["golden/bucket_01.safetensors", "model/node_map.json"])
+def test_a_check_holds_engines_to_nothing_that_is_not_the_manifests(
+    built: Path, name: str
+) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+    (built / name).write_bytes((built / name).read_bytes() + b" ")
+    with pytest.raises(ArtifactError, match=name) as caught:
+        check_engines(built, manifest, folder, "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A004"
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(built, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input.x": np.zeros((9, 16, 8), np.float32)}, r"float32\[9, 16, 8\], the manifest"),
+        ({"input.t": np.zeros(2)}, r"input t float64\[2\], the manifest says float32\[2\]"),
+        ({"input.label": None}, r"as input label nothing, the manifest says int64\[2\]"),
+        ({"input.more": np.zeros(2)}, r"input more float64\[2\], the manifest says nothing"),
+        ({"output.output": None, "output.o": np.zeros(2)}, r"output\.o.*expected inputs and"),
+    ],
+)
+def test_golden_inputs_that_do_not_fit_the_engines_are_refused_before_they_are_copied(
+    built: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = built / "golden/bucket_02.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    manifest = dataclasses.replace(read_manifest(built), files=hash_files(built))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        check_engines(built, manifest, folder_of(built), "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A004"
+
+
+def test_a_map_of_nodes_of_another_form_is_refused_in_words(built: Path) -> None:
+    (built / "model/node_map.json").write_text("[1]")
+    manifest = dataclasses.replace(read_manifest(built), files=hash_files(built))
+    with pytest.raises(ArtifactError, match=r"node_map\.json cannot be read: expected"):
+        check_engines(built, manifest, folder_of(built), "tensorrt", 1e-4)
 
 
 def test_a_build_reads_no_graph_that_is_not_the_manifests(out: Path, device: Any) -> None:

@@ -1,11 +1,14 @@
-"""Complex inputs as the graphs take them: real, with a last axis of 2."""
+"""Complex tensors as the graphs have them: real, with a last axis of 2."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+_REAL = {"complex64": "float32", "complex128": "float64"}
 
 
 def as_graph_input(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -13,3 +16,9 @@ def as_graph_input(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not np.iscomplexobj(array):
         return array
     return np.stack([array.real, array.imag], axis=-1)
+
+
+def as_graph_tensor(spec: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Shape and type that a graph has for a tensor of the manifest."""
+    shape, dtype = tuple(spec["shape"]), str(spec["dtype"])
+    return ((*shape, 2), _REAL[dtype]) if dtype in _REAL else (shape, dtype)

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.errors import AccuracyError
+from diffcr_compile.errors import AccuracyError, ArtifactError
 from diffcr_compile.export.device.builder import adopt_unchecked
 from diffcr_compile.export.device.layer_map import write_layers
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare
-from diffcr_compile.manifest import Manifest
+from diffcr_compile.manifest import Manifest, verify_artifact
+from diffcr_compile.runtime.complex_inputs import as_graph_tensor
 from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, read_sidecar, write_ok
 from diffcr_compile.runtime.find_engines import none_for
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
@@ -53,10 +54,14 @@ def compare_with_golden(
         artifact: the artifact's folder.
         manifest: of it.
         tolerance: largest relative L2.
+
+    Raises:
+        ArtifactError: a golden file does not hold the inputs that the manifest says.
     """
     rows = []
     for bucket in manifest.buckets:
         inputs, expected = read_golden(artifact / bucket["golden"])
+        _check_inputs(artifact / bucket["golden"], inputs, manifest)
         runs = [backend.run(bucket["index"], inputs) for _ in range(_RUNS)]
         found = [_row(outputs, expected, tolerance, bucket["index"]) for outputs in runs]
         rows.append(max(found, key=lambda row: (row["non_finite"], row["rel_l2"])))
@@ -82,10 +87,13 @@ def check_engines(
         backend: that runs these engines; None to open them.
 
     Raises:
+        ArtifactError: a golden file, or what belongs to the model, is not the one that the manifest lists.
         AccuracyError: a bucket is further off, or gives NaN or infinite values. There is no
             ``engine.ok.json`` then.
     """
     (folder / OK_FILE).unlink(missing_ok=True)
+    # what engines are held to must be the artifact's own, whoever asks for the check
+    verify_artifact(artifact, manifest, only=("golden", "model"))
     opened = open_unchecked(folder, manifest, runtime) if backend is None else None
     try:
         rows = compare_with_golden(opened or _given(backend), artifact, manifest, tolerance)
@@ -117,6 +125,24 @@ def check_here(
     if not folder.is_dir():
         raise none_for(artifact, here)
     return check_engines(artifact, manifest, folder, runtime, tolerance_of(manifest))
+
+
+def _check_inputs(path: Path, inputs: Mapping[str, Array], manifest: Manifest) -> None:
+    """Raise ArtifactError unless golden inputs fill exactly the buffers that an engine reads."""
+    wanted = {spec["name"]: as_graph_tensor(spec) for spec in manifest.inputs}
+    found = {name: (array.shape, array.dtype.name) for name, array in inputs.items()}
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise ArtifactError(
+            f"{path} has as input {name} {_tensor_words(found.get(name))}, the manifest says "
+            f"{_tensor_words(wanted.get(name))}. Copy the artifact again, or make it anew with diffcr compile.",
+            code="DCR-A004",
+        )
+
+
+def _tensor_words(tensor: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[1]}{list(tensor[0])}"
 
 
 def _given(backend: Backend | None) -> Backend:

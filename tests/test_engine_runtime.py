@@ -437,6 +437,19 @@ def test_a_changed_plan_loads_only_where_one_asked_not_to_look(built: Path) -> N
     load(built, backend="tensorrt", verify=False)
 
 
+def test_a_plan_that_was_replaced_while_a_runner_swaps_is_not_run(built: Path) -> None:
+    runner = load(built, backend="tensorrt", swap=True)
+    runner(**small.call(MIDDLES[0]))
+    path = folder_of(built) / "bucket_01.plan"
+    path.write_bytes(path.read_bytes().replace(b'"tf32": false', b'"tf32":  true'))
+    with pytest.raises(ArtifactError, match=r"bucket_01\.plan was changed") as caught:
+        runner(**small.call(MIDDLES[1]))
+    assert caught.value.code == "DCR-A011"
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"bucket_01\.plan is missing"):
+        runner(**small.call(MIDDLES[1]))
+
+
 # --------------------------------------------------------------------------------------- building
 
 

@@ -26,6 +26,7 @@ SIDECAR = "engine.json"
 OK_FILE = "engine.ok.json"
 SIDECAR_VERSION = 2
 MAX_SIDECAR_BYTES = 1 << 24
+_OTHER_BYTES = "was changed: its sha256 is not the one in its sidecar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +159,49 @@ def check_plans(folder: Path, sidecar: Sidecar) -> None:
     for engine, file in sidecar.files.items():
         path = folder / plan_file(engine)
         if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != file.bytes:
-            problem = f"has {path.stat().st_size} bytes, its sidecar says {file.bytes}: truncated or replaced"
-        elif sha256_file(path) != file.sha256:
-            problem = "was changed: its sha256 is not the one in its sidecar"
-        else:
-            continue
-        raise ArtifactError(
-            f"{path} {problem}. {rebuild(folder.parent.parent)}", code="DCR-A011"
+            raise _wrong_plan(path, "is missing")
+        _check_plan(path, path.stat().st_size, file)
+        if sha256_file(path) != file.sha256:
+            raise _wrong_plan(path, _OTHER_BYTES)
+
+
+def read_plan(folder: Path, sidecar: Sidecar, engine: str, verify: bool = True) -> bytes:
+    """The bytes of a plan, compared with the sidecar after they were read: nothing can come between.
+
+    Args:
+        folder: of the engines.
+        sidecar: of them.
+        engine: its name.
+        verify: compare the hash too, not the size alone.
+
+    Raises:
+        ArtifactError: the plan is missing or is not the one that the sidecar describes.
+    """
+    path, file = folder / plan_file(engine), sidecar.files[engine]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise _wrong_plan(path, "is missing") from None
+    except OSError as error:
+        raise _wrong_plan(path, f"cannot be read: {error.strerror or error}") from error
+    _check_plan(path, len(data), file)
+    if verify and hashlib.sha256(data).hexdigest() != file.sha256:
+        raise _wrong_plan(path, _OTHER_BYTES)
+    return data
+
+
+def _check_plan(path: Path, size: int, file: PlanFile) -> None:
+    """Raise ArtifactError unless a plan has the size that its sidecar says."""
+    if size != file.bytes:
+        raise _wrong_plan(
+            path, f"has {size} bytes, its sidecar says {file.bytes}: truncated or replaced"
         )
+
+
+def _wrong_plan(path: Path, problem: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} {problem}. {rebuild(path.parent.parent.parent)}", code="DCR-A011"
+    )
 
 
 def rebuild(artifact: Path) -> str:

@@ -16,7 +16,7 @@ from diffcr_compile.errors import ArtifactError, ResourceError
 from diffcr_compile.manifest import Manifest
 from diffcr_compile.runtime.cuda_api import Cuda
 from diffcr_compile.runtime.device_buffers import ActivationBuffer, TensorBuffers, tensor_bytes
-from diffcr_compile.runtime.engine_files import Sidecar, plan_file, rebuild
+from diffcr_compile.runtime.engine_files import Sidecar, plan_file, read_plan, rebuild
 
 Array = npt.NDArray[Any]
 Key = tuple[str, int, int]  # name of an engine, number of the profile, of the lengths in it
@@ -50,9 +50,11 @@ class TensorRTBackend:
         swap: keep only the engine and the context of the current bucket in memory. Changing the bucket
             then reads a plan from disk.
         cuda_graphs: record each context's work once and replay it, which spares launches.
+        verify: compare the hash of a plan with the sidecar whenever it is read.
 
     Raises:
-        ArtifactError: TensorRT cannot read a plan, or a plan has other inputs or outputs.
+        ArtifactError: a plan is not the one that its sidecar describes, TensorRT cannot read it, or it has
+            other inputs or outputs.
         ResourceError: the device has too little memory.
 
     Attributes:
@@ -70,11 +72,12 @@ class TensorRTBackend:
         *,
         swap: bool = False,
         cuda_graphs: bool = True,
+        verify: bool = True,
     ) -> None:
         self._artifact, self._manifest = artifact, manifest
         self._folder, self._sidecar = folder, sidecar
         self._trt, self._cuda = trt, cuda
-        self._swap, self._cuda_graphs = swap, cuda_graphs
+        self._swap, self._cuda_graphs, self._verify = swap, cuda_graphs, verify
         self._lock = threading.Lock()
         self._engines: dict[str, Any] = {}
         self._contexts: dict[Key, _Context] = {}
@@ -164,7 +167,8 @@ class TensorRTBackend:
     def _engine(self, name: str) -> Any:
         if name not in self._engines:
             path = self._folder / plan_file(name)
-            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            data = read_plan(self._folder, self._sidecar, name, self._verify)
+            engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise ArtifactError(
                     f"TensorRT {self._trt.__version__} cannot read {path}, although it is the file that "

@@ -72,7 +72,7 @@ _ROWS = (
      "Ask for the smallest budget that the message names, or lower routing.min_keep_ratio, allow routing.skip_blocks, or exclude fewer blocks."),
     ("DCR-U016", "the output folder holds something else", "An artifact is written into a new folder or goes on in its own; other files are never mixed in.",
      "Name a new folder with -o."),
-    ("DCR-U017", "the output folder is in use", "Another process compiles or exports into it; the message names it. The lock ends with its process, also if that is killed, so the file .lock is never in the way.",
+    ("DCR-U017", "the output folder is in use", "Another process compiles, exports, builds or checks engines in it; the message names it. The lock ends with its process, also if that is killed, so the file .lock is never in the way.",
      "Wait for it, or name another folder."),
     ("DCR-U018", "there is no report", "The folder was not finished by diffcr compile or demo.",
      "Run the compilation again with the same -o: it goes on where it stopped."),

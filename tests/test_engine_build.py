@@ -340,7 +340,7 @@ def test_two_builds_of_one_artifact_do_not_meet(
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = ("build", str(out), "--target", "jetson-orin-nx", "--mode", "profiles")
         assert run(monkeypatch, *command) == 2
-    assert "another build is at work" in " ".join(capsys.readouterr().err.split())
+    assert "another diffcr run is at work" in " ".join(capsys.readouterr().err.split())
 
 
 def test_on_the_device_the_verb_builds_checks_and_the_engines_run(

@@ -34,6 +34,7 @@ from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.layer_map import layer_rows
 from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
@@ -112,6 +113,16 @@ def folder_of(artifact: Path) -> Path:
     return sidecar.parent
 
 
+def script_built(artifact: Path, folder: Path, mode: str) -> None:
+    """Leave the plans of a folder as ``build_on_device.sh`` leaves those that it built."""
+    source = artifact / UNCHECKED
+    source.mkdir()
+    for plan in folder.glob("*.plan"):
+        shutil.copy(plan, source)
+        (source / f"{plan.name}.sha256").write_text(f"{sha256_file(plan)}  {plan.name}\n")
+    (source / "mode").write_text(f"{mode}\n")
+
+
 # --------------------------------------------------------------------------------------- running
 
 
@@ -171,12 +182,7 @@ def test_what_the_script_built_is_taken_in_the_layout_that_it_was_built_in(
     out: Path, device: Any
 ) -> None:
     built = build(out, "profiles", layout="spanning")
-    source = out / UNCHECKED
-    source.mkdir()
-    shutil.copy(built.folder / "profiles_00.plan", source)
-    digest = sha256_file(source / "profiles_00.plan")
-    (source / "profiles_00.plan.sha256").write_text(f"{digest}  profiles_00.plan\n")
-    (source / "mode").write_text("profiles spanning\n")
+    script_built(out, built.folder, "profiles spanning")
     taken = adopt_unchecked(out, read_manifest(out), open_device()[2])
     assert taken is not None
     assert taken.sidecar.plan == built.sidecar.plan
@@ -568,6 +574,41 @@ def test_an_engine_that_computes_something_else_stays_unusable(
     with pytest.raises(ArtifactError, match="never compared"):
         load(out, backend="tensorrt")
     assert os.listdir(folder_of(out)).count(OK_FILE) == 0
+
+
+def test_a_check_says_nothing_about_engines_that_came_while_it_ran(built: Path) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+
+    class Rebuilt:
+        def run(self, bucket: int, arrays: Any) -> list[Any]:
+            edited(created="later")(folder)
+            return [small.expected(arrays, bucket)]
+
+    with pytest.raises(ArtifactError, match="was changed while its engines") as caught:
+        check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Rebuilt())
+    assert caught.value.code == "DCR-A011"
+    assert not (folder / OK_FILE).exists()
+
+
+def test_nobody_builds_or_adopts_engines_while_they_are_checked_and_the_other_way_round(
+    built: Path,
+) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+
+    class Building:
+        def run(self, bucket: int, arrays: Any) -> list[Any]:
+            build(built, workspace_mb=9)
+            return []
+
+    with pytest.raises(UsageError, match="another diffcr run is at work"):
+        check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Building())
+    script_built(built, folder, "per_bucket pinned")
+    with locked(folder):
+        with pytest.raises(UsageError, match="another diffcr run is at work"):
+            check_engines(built, manifest, folder, "tensorrt", 1e-4)
+        with pytest.raises(UsageError, match="another diffcr run is at work") as caught:
+            adopt_unchecked(built, manifest, open_device()[2])
+    assert caught.value.code == "DCR-U017"
 
 
 def test_a_check_that_fails_takes_an_earlier_permission_back(built: Path) -> None:

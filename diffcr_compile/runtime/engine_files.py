@@ -54,6 +54,7 @@ class Sidecar:
         settings: of the build.
         ahead_of_time: whether no such device was there when they were built.
         created: ISO date and time, UTC.
+        sha256: of the file that all this was read from; "" if it was not read.
     """
 
     device: Device
@@ -63,6 +64,7 @@ class Sidecar:
     settings: Mapping[str, Any]
     ahead_of_time: bool
     created: str
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         names = sorted(engine.name for engine in self.plan.engines)
@@ -109,15 +111,27 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
     write_json_atomic(folder / SIDECAR, sidecar.to_json())
 
 
-def write_ok(folder: Path, rows: Sequence[Mapping[str, Any]], checked: str) -> None:
+def write_ok(
+    folder: Path, sidecar: Sidecar, rows: Sequence[Mapping[str, Any]], checked: str
+) -> None:
     """Write ``engine.ok.json``: every profile gave the golden outputs.
 
     Args:
         folder: of the engines.
+        sidecar: of the engines that gave them, as it was read before.
         rows: one per timestep bucket, with its figures.
         checked: ISO date and time, UTC.
+
+    Raises:
+        ArtifactError: another sidecar lies there by now.
     """
-    content = {"sidecar_sha256": sha256_file(folder / SIDECAR), "checked": checked}
+    if _read_json(folder / SIDECAR)[1] != sidecar.sha256:
+        raise ArtifactError(
+            f"{folder / SIDECAR} was changed while its engines were compared with the golden outputs: what lies "
+            "there now is unchecked. Let builds end first, then run the check again.",
+            code="DCR-A011",
+        )
+    content = {"sidecar_sha256": sidecar.sha256, "checked": checked}
     write_json_atomic(folder / OK_FILE, {**content, "buckets": [dict(r) for r in rows]})
 
 
@@ -127,7 +141,7 @@ def read_sidecar(folder: Path) -> Sidecar:
     Raises:
         ArtifactError: there is none, or it is damaged.
     """
-    data = _read_json(folder / SIDECAR)
+    data, digest = _read_json(folder / SIDECAR)
     if data.get("sidecar_version") != SIDECAR_VERSION:
         raise _damaged(folder, f"its version is {str(data.get('sidecar_version'))[:40]!r}")
     try:
@@ -139,6 +153,7 @@ def read_sidecar(folder: Path) -> Sidecar:
             settings=dict(data["settings"]),
             ahead_of_time=bool(data["ahead_of_time"]),
             created=str(data["created"]),
+            sha256=digest,
         )
     except ArtifactError as error:
         raise _damaged(folder, error.message) from error
@@ -146,12 +161,11 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
-def is_checked(folder: Path) -> bool:
-    """Whether ``engine.ok.json`` is there and is about the sidecar that lies beside it."""
+def is_checked(folder: Path, sidecar: Sidecar) -> bool:
+    """Whether ``engine.ok.json`` is there and is about the sidecar that was read."""
     if not (folder / OK_FILE).is_file():
         return False
-    found = _read_json(folder / OK_FILE)
-    return bool(found.get("sidecar_sha256") == sha256_file(folder / SIDECAR))
+    return bool(_read_json(folder / OK_FILE)[0].get("sidecar_sha256") == sidecar.sha256)
 
 
 def check_plans(folder: Path, sidecar: Sidecar) -> None:
@@ -234,16 +248,18 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """What a file holds, and the hash of the bytes that say so."""
     try:
         if path.stat().st_size > MAX_SIDECAR_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        whole = path.read_bytes()
+        data = json.loads(whole.decode("utf-8"))
         if not isinstance(data, dict):
             raise TypeError(f"it holds {type(data).__name__}, expected an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path.parent, f"{path.name}: {error}") from error
-    return data
+    return data, hashlib.sha256(whole).hexdigest()
 
 
 def _damaged(folder: Path, why: str) -> ArtifactError:

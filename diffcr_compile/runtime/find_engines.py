@@ -39,7 +39,7 @@ def find_engines(
     if not (folder / SIDECAR).is_file():
         raise none_for(artifact, here)
     sidecar = checked_sidecar(folder, manifest, here, verify)
-    if not is_checked(folder):
+    if not is_checked(folder, sidecar):
         built = "were built ahead of time and" if sidecar.ahead_of_time else "were"
         raise ArtifactError(
             f"the engines in {folder} {built} never compared with the golden outputs on a device: "

@@ -58,6 +58,7 @@ class TensorRTBackend:
         ResourceError: the device has too little memory.
 
     Attributes:
+        sidecar: of the engines.
         remarks: what was not done as asked, such as a graph that CUDA could not record, in words.
     """
 
@@ -75,7 +76,7 @@ class TensorRTBackend:
         verify: bool = True,
     ) -> None:
         self._artifact, self._manifest = artifact, manifest
-        self._folder, self._sidecar = folder, sidecar
+        self._folder, self.sidecar = folder, sidecar
         self._trt, self._cuda = trt, cuda
         self._swap, self._cuda_graphs, self._verify = swap, cuda_graphs, verify
         self._lock = threading.Lock()
@@ -142,7 +143,7 @@ class TensorRTBackend:
 
     def _load_all(self) -> None:
         """Every engine and context, over one activation buffer as large as the largest needs."""
-        plan = self._sidecar.plan
+        plan = self.sidecar.plan
         sizes = [
             self._activation_bytes(self._engine(engine.name), number)
             for engine in plan.engines
@@ -154,7 +155,7 @@ class TensorRTBackend:
 
     def _context(self, bucket: int) -> _Context:
         """The context of a bucket, made at its first use; with `swap` all others are dropped."""
-        place = self._sidecar.plan.place(bucket)
+        place = self.sidecar.plan.place(bucket)
         key = (place.engine.name, place.profile, place.entry)
         if key not in self._contexts:
             if self._swap:
@@ -167,7 +168,7 @@ class TensorRTBackend:
     def _engine(self, name: str) -> Any:
         if name not in self._engines:
             path = self._folder / plan_file(name)
-            data = read_plan(self._folder, self._sidecar, name, self._verify)
+            data = read_plan(self._folder, self.sidecar, name, self._verify)
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise ArtifactError(
@@ -285,7 +286,7 @@ class TensorRTBackend:
     def _length_inputs(self) -> dict[str, int]:
         """Inputs that say a length and whose values nobody reads -> bytes, at 8 per element."""
         sizes: dict[str, int] = {}
-        for engine in self._sidecar.plan.engines:
+        for engine in self.sidecar.plan.engines:
             for bounds in engine.bounds():
                 for name, (_, _, longest) in bounds.items():
                     sizes[name] = max(sizes.get(name, 0), 8 * int(np.prod(longest)))
@@ -318,7 +319,7 @@ class TensorRTBackend:
 
     def _check_memory(self) -> None:
         """Raise ResourceError if the plans alone are larger than what is free."""
-        sizes = [file.bytes for file in self._sidecar.files.values()]
+        sizes = [file.bytes for file in self.sidecar.files.values()]
         needed = max(sizes) if self._swap else sum(sizes)
         free = self._cuda.free_bytes()
         if needed > free:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffcr_compile.durable import PARTIAL_SUFFIX
 from diffcr_compile.engine_plan import EnginePlan, plan_engines
-from diffcr_compile.errors import ArtifactError, UsageError
+from diffcr_compile.errors import ArtifactError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
 from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
 from diffcr_compile.runtime.device import Device
 from diffcr_compile.runtime.engine_files import (
@@ -69,14 +68,13 @@ def build_engines(
 
     Raises:
         ArtifactError: a graph or the weights are not those of the manifest.
-        UsageError: another build is at work in the same folder.
-        ResourceError: a build was killed.
+        UsageError: another build or check is at work in the same folder.
+        ResourceError: a build was killed, or the folder cannot be written.
         UnsupportedModelError: TensorRT refuses a graph.
     """
     verify_artifact(artifact, manifest, only=("onnx",))
     folder = artifact / ENGINES / device.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
             leftover.unlink()
         files, kept = _build_each(
@@ -126,19 +124,6 @@ def _build_each(
     return files, tuple(kept)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else builds into the folder; the lock goes with the process."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"another build is at work in {folder}; wait for it", code="DCR-U017"
-            ) from None
-        yield
-
-
 def _remove_others(folder: Path, names: Collection[str]) -> None:
     """Engines of an earlier build in another mode: nothing would use them, and a board has little space."""
     for path in folder.glob(f"*{plan_file('')}"):
@@ -156,6 +141,7 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
 
     Raises:
         ArtifactError: engines are missing or damaged.
+        UsageError: a build or a check is at work in the folder of this device.
     """
     source = artifact / UNCHECKED
     if not (source / "mode").is_file():
@@ -166,15 +152,15 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
     for name in names:
         _check_sum(source / name)
     folder = artifact / ENGINES / device.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        _put(source / name, folder / name)
-    files = {spec.name: read_plan_file(folder / plan_file(spec.name)) for spec in plan.engines}
-    settings = {"built_by": "trtexec"}
-    sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
-    write_sidecar(folder, sidecar)
-    _remove_others(folder, files)
-    (source / "mode").unlink()
+    with locked(folder):
+        for name in names:
+            _put(source / name, folder / name)
+        files = {s.name: read_plan_file(folder / plan_file(s.name)) for s in plan.engines}
+        settings = {"built_by": "trtexec"}
+        sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
+        write_sidecar(folder, sidecar)
+        _remove_others(folder, files)
+        (source / "mode").unlink()
     return Built(folder, sidecar, ())
 
 

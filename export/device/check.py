@@ -15,6 +15,7 @@ from diffcr_compile.export.device.builder import adopt_unchecked
 from diffcr_compile.export.device.layer_map import write_layers
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare
+from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, verify_artifact
 from diffcr_compile.runtime.complex_inputs import as_graph_tensor
 from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, read_sidecar, write_ok
@@ -90,15 +91,29 @@ def check_engines(
         ArtifactError: a golden file, or what belongs to the model, is not the one that the manifest lists.
         AccuracyError: a bucket is further off, or gives NaN or infinite values. There is no
             ``engine.ok.json`` then.
+        UsageError: a build or another check is at work in the folder.
     """
+    with locked(folder):  # what is compared is what lies there until it is said to be right
+        return _check_locked(artifact, manifest, folder, runtime, tolerance, backend)
+
+
+def _check_locked(
+    artifact: Path,
+    manifest: Manifest,
+    folder: Path,
+    runtime: str,
+    tolerance: float,
+    backend: Backend | None,
+) -> list[dict[str, Any]]:
     (folder / OK_FILE).unlink(missing_ok=True)
     # what engines are held to must be the artifact's own, whoever asks for the check
     verify_artifact(artifact, manifest, only=("golden", "model"))
     opened = open_unchecked(folder, manifest, runtime) if backend is None else None
     try:
+        sidecar = read_sidecar(folder) if opened is None else opened.sidecar
         rows = compare_with_golden(opened or _given(backend), artifact, manifest, tolerance)
         if opened is not None:
-            write_layers(artifact, folder, read_sidecar(folder).plan, opened)
+            write_layers(artifact, folder, sidecar.plan, opened)
     finally:
         if opened is not None:
             opened.close()
@@ -106,7 +121,7 @@ def check_engines(
     if wrong:
         raise _refusal(folder, wrong, len(rows))
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_ok(folder, rows, now)
+    write_ok(folder, sidecar, rows, now)
     return rows
 
 

@@ -511,6 +511,45 @@ def test_a_killed_build_goes_on_at_the_engine_it_was_in(
     assert load(out, backend="tensorrt")(**small.call(400.0)).shape == (2, 16, 8)
 
 
+def test_nothing_runs_after_a_rebuild_that_was_killed_not_even_unhashed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_KILL", "bucket_01.onnx")
+    with pytest.raises(ResourceError, match="was killed"):
+        build(built, workspace_mb=9)
+    with pytest.raises(ArtifactError, match="never compared") as caught:
+        load(built, backend="tensorrt", verify=False)
+    assert caught.value.code == "DCR-A013"
+
+
+def test_a_build_that_finds_everything_built_takes_nothing_back_before_its_end(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def look(folder: Path, sidecar: Any) -> None:
+        found.append((folder / OK_FILE).is_file())
+
+    monkeypatch.setattr("diffcr_compile.export.device.builder.write_sidecar", look)
+    build(built, check=False)
+    build(built, check=False, workspace_mb=9)
+    assert found == [True, False]
+
+
+def test_nothing_runs_after_taking_the_scripts_engines_was_killed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffcr_compile.export.device.builder._put", killed)
+    script_built(built, folder_of(built), "per_bucket pinned")
+    with pytest.raises(KeyboardInterrupt):
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(built, backend="tensorrt", verify=False)
+
+
 def test_a_finished_engine_is_built_again_if_it_was_changed_or_is_asked_for_otherwise(
     engines: dict[EngineMode, Path], tmp_path: Path, device: Any
 ) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffcr_compile.durable import write_json_atomic
+from diffcr_compile.durable import force_folder, write_json_atomic
 from diffcr_compile.engine_plan import EnginePlan
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, sha256_file
@@ -105,9 +105,16 @@ def made_from(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(graphs).encode()).hexdigest()
 
 
+def take_ok_back(folder: Path) -> None:
+    """Nothing in the folder may be used from here on, also if this process or the power ends next."""
+    if (folder / OK_FILE).is_file():
+        (folder / OK_FILE).unlink()
+        force_folder(folder)
+
+
 def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
     """Write ``engine.json``; what was said about earlier engines there no longer holds."""
-    (folder / OK_FILE).unlink(missing_ok=True)
+    take_ok_back(folder)
     write_json_atomic(folder / SIDECAR, sidecar.to_json())
 
 

@@ -24,6 +24,7 @@ from diffcr_compile.runtime.engine_files import (
     made_from,
     plan_file,
     read_plan_file,
+    take_ok_back,
     write_sidecar,
 )
 
@@ -120,6 +121,8 @@ def _build_each(
         found = job.finished()
         if found is not None:
             kept.append(spec.name)
+        else:
+            take_ok_back(folder)  # before the first plan is another one, not when all are
         files[spec.name] = found or build_in_process(job, _named(progress, spec.name))
     return files, tuple(kept)
 
@@ -153,6 +156,7 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
         _check_sum(source / name)
     folder = artifact / ENGINES / device.folder
     with locked(folder):
+        take_ok_back(folder)
         for name in names:
             _put(source / name, folder / name)
         files = {s.name: read_plan_file(folder / plan_file(s.name)) for s in plan.engines}

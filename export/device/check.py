@@ -18,7 +18,7 @@ from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, verify_artifact
 from diffcr_compile.runtime.complex_inputs import as_graph_tensor
-from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, read_sidecar, write_ok
+from diffcr_compile.runtime.engine_files import ENGINES, read_sidecar, take_ok_back, write_ok
 from diffcr_compile.runtime.find_engines import none_for
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
 
@@ -105,7 +105,7 @@ def _check_locked(
     tolerance: float,
     backend: Backend | None,
 ) -> list[dict[str, Any]]:
-    (folder / OK_FILE).unlink(missing_ok=True)
+    take_ok_back(folder)
     # what engines are held to must be the artifact's own, whoever asks for the check
     verify_artifact(artifact, manifest, only=("golden", "model"))
     opened = open_unchecked(folder, manifest, runtime) if backend is None else None

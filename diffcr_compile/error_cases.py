@@ -214,7 +214,7 @@ _ROWS = (
     ("DCR-A010", "engines of another device or version", "An engine runs only on the kind of GPU and with the TensorRT it was built with.",
      "Build them again on this device."),
     ("DCR-A011", "an engine is missing or was changed", "A plan's size or sha256 differs from its sidecar's, or the sidecar is damaged.", "Build the engines again."),
-    ("DCR-A012", "engines of another artifact", "They were made of other graphs or weights.", "Build the engines again."),
+    ("DCR-A012", "engines of another artifact", "They were made of other graphs or weights, or for other timestep buckets, kept tokens, inputs or outputs.", "Build the engines again."),
     ("DCR-A013", "engines that nobody checked", "engine.ok.json is written after every timestep bucket gave its golden outputs on the device; without it nothing runs.",
      "Run diffcr validate --level engine on the device."),
     ("DCR-A020", "a latency table is damaged or was changed", "The file is no table of this version, or its checksum does not fit what it says.",

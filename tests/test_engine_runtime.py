@@ -405,6 +405,36 @@ def test_engines_of_another_artifact_are_refused(
     assert caught.value.code == "DCR-A012"
 
 
+@pytest.mark.parametrize("mode", ENGINE_MODES)
+def test_engines_of_another_schedule_over_the_same_graphs_are_refused_and_not_built_anew(
+    engines: dict[EngineMode, Path], tmp_path: Path, device: Any, mode: EngineMode
+) -> None:
+    out = Path(shutil.copytree(engines[mode], tmp_path / "out"))
+    manifest = read_manifest(out)
+    rows = [dict(row) for row in manifest.buckets]
+    rows[3]["onnx"], kept = rows[2]["onnx"], [*small.KEPT[:3], small.KEPT[2]]
+    other = dataclasses.replace(manifest, buckets=rows, schedule={"a": kept})
+    write_manifest(out, other)
+    with pytest.raises(ArtifactError, match="other timestep buckets, kept tokens") as caught:
+        load(out, backend="tensorrt")
+    assert caught.value.code == "DCR-A012"
+    with pytest.raises(ArtifactError, match="other timestep buckets, kept tokens"):
+        check_engines(out, other, folder_of(out), "tensorrt", 1e-4)
+    kept_plans = build(out, "per_bucket", check=False).kept
+    assert len(kept_plans) == (3 if mode == "per_bucket" else 0)
+
+
+@pytest.mark.parametrize("key", ["low", "high"])
+def test_engines_of_other_edges_are_refused(built: Path, key: str) -> None:
+    manifest = read_manifest(built)
+    rows = [dict(row) for row in manifest.buckets]
+    rows[1][key] += 1
+    write_manifest(built, dataclasses.replace(manifest, buckets=rows))
+    with pytest.raises(ArtifactError, match="other timestep buckets") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-A012"
+
+
 def test_no_flipped_byte_of_an_engine_folder_leads_to_another_result(
     engines: dict[EngineMode, Path], tmp_path: Path, device: Any
 ) -> None:

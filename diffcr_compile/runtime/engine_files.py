@@ -95,14 +95,39 @@ def read_plan_file(path: Path) -> PlanFile:
     return PlanFile(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
-def made_from(manifest: Manifest) -> str:
-    """One hash of all graphs and their weights, as the manifest lists them."""
-    graphs = sorted(
-        (name, entry["sha256"])
-        for name, entry in manifest.files.items()
-        if name.startswith("onnx/")
+def graphs_hash(manifest: Manifest) -> str:
+    """One hash of all graphs and their weights, as the manifest lists them: what a plan depends on."""
+    return _hash(
+        sorted(
+            (name, entry["sha256"])
+            for name, entry in manifest.files.items()
+            if name.startswith("onnx/")
+        )
     )
-    return hashlib.sha256(json.dumps(graphs).encode()).hexdigest()
+
+
+def made_from(manifest: Manifest) -> str:
+    """One hash of all that engines of an artifact must agree with: which graph a timestep bucket runs, too.
+
+    The same graphs under another schedule give other engines to a bucket, though no file differs.
+    """
+    buckets = [
+        [row[key] for key in ("index", "low", "high", "onnx")] for row in manifest.buckets
+    ]
+    shared = [
+        [row[key] for key in ("onnx", "buckets", "kept_inputs")]
+        for row in manifest.profile_graphs
+    ]
+    tensors = [
+        [[row[key] for key in ("name", "dtype", "shape")] for row in rows]
+        for rows in (manifest.inputs, manifest.outputs)
+    ]
+    calls = [manifest.schedule, manifest.timestep_input]
+    return _hash([graphs_hash(manifest), buckets, shared, tensors, calls])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def take_ok_back(folder: Path) -> None:

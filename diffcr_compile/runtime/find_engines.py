@@ -66,8 +66,8 @@ def checked_sidecar(
         raise _of_another(folder, sidecar, here, f"SM{here.sm}")
     if sidecar.made_from != made_from(manifest):
         raise ArtifactError(
-            f"the engines in {folder} were made of other graphs or weights than this artifact's. "
-            f"{rebuild(artifact)}",
+            f"the engines in {folder} were made of other graphs or weights than this artifact's, or for other "
+            f"timestep buckets, kept tokens, inputs or outputs. {rebuild(artifact)}",
             code="DCR-A012",
         )
     buckets = sum(len(p.buckets) for e in sidecar.plan.engines for p in e.profiles)

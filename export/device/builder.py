@@ -21,6 +21,7 @@ from diffcr_compile.runtime.engine_files import (
     ENGINES,
     PlanFile,
     Sidecar,
+    graphs_hash,
     made_from,
     plan_file,
     read_plan_file,
@@ -79,7 +80,7 @@ def build_engines(
         for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
             leftover.unlink()
         files, kept = _build_each(
-            artifact, made_from(manifest), plan, folder, device, settings, progress
+            artifact, graphs_hash(manifest), plan, folder, device, settings, progress
         )
         sidecar = Sidecar(
             device=device,

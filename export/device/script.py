@@ -23,7 +23,7 @@ from diffcr_compile.export.device.trtexec import (
     unchecked_plan,
 )
 from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.engine_files import made_from
+from diffcr_compile.runtime.engine_files import graphs_hash, made_from
 
 SCRIPT = "build_on_device.sh"
 
@@ -188,7 +188,7 @@ def _call(spec: EngineSpec, manifest: Manifest, settings: BuildSettings) -> str:
         for argument in trtexec_arguments(spec, settings, "")
         if not argument.startswith("--saveEngine=")
     ]
-    key = job_key(made_from(manifest), [list(arguments)])
+    key = job_key(graphs_hash(manifest), [list(arguments)])
     words = [shlex.quote(word) for word in (spec.name, key, unchecked_plan(spec))]
     lines = [f"    build {' '.join(words)}"]
     for argument in arguments:  # a line for the graph and one for each profile

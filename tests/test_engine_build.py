@@ -22,6 +22,7 @@ from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.device.trtexec import trtexec_lines
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.runtime import load
+from diffcr_compile.runtime.engine_files import made_from
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
@@ -192,6 +193,16 @@ def test_a_second_run_builds_nothing_and_one_after_a_kill_goes_on(shell: Shell) 
     ]
     assert shell.run().stdout.count("built already") == 3
     assert len(shell.calls()) == 4
+
+
+def test_the_script_says_which_artifact_its_engines_are_of(shell: Shell) -> None:
+    assert shell.run().returncode == 0
+    found = (shell.artifact / "engines/unchecked/made_from").read_text().strip()
+    assert found == made_from(read_manifest(shell.artifact))
+    mode = shell.artifact / "engines/unchecked/mode"
+    assert mode.read_text() == "per_bucket pinned\n"
+    assert shell.run("profiles", KILL="profiles").returncode == 5
+    assert not mode.exists()  # what a run left that did not end is not taken
 
 
 def test_a_plan_that_was_changed_and_other_settings_are_built_again(shell: Shell) -> None:

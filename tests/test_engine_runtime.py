@@ -37,7 +37,7 @@ from diffcr_compile.export.device.trtexec import UNCHECKED
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
-from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
+from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR, made_from
 from diffcr_compile.runtime.open_engines import open_device
 from tests import device_artifact as small
 
@@ -120,6 +120,7 @@ def script_built(artifact: Path, folder: Path, mode: str) -> None:
     for plan in folder.glob("*.plan"):
         shutil.copy(plan, source)
         (source / f"{plan.name}.sha256").write_text(f"{sha256_file(plan)}  {plan.name}\n")
+    (source / "made_from").write_text(made_from(read_manifest(artifact)) + "\n")
     (source / "mode").write_text(f"{mode}\n")
 
 
@@ -186,6 +187,18 @@ def test_what_the_script_built_is_taken_in_the_layout_that_it_was_built_in(
     taken = adopt_unchecked(out, read_manifest(out), open_device()[2])
     assert taken is not None
     assert taken.sidecar.plan == built.sidecar.plan
+
+
+@pytest.mark.parametrize("words", ["f" * 64, None])
+def test_what_the_script_of_another_artifact_built_is_not_taken(
+    built: Path, words: str | None
+) -> None:
+    script_built(built, folder_of(built), "per_bucket pinned")
+    path = built / UNCHECKED / "made_from"
+    path.unlink() if words is None else path.write_text(words)
+    with pytest.raises(ArtifactError, match=r"build_on_device\.sh for .*again") as caught:
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    assert caught.value.code == "DCR-A012"
 
 
 def test_threads_may_share_a_runner(built: Path) -> None:

@@ -13,7 +13,7 @@ from diffcr_compile.engine_plan import EnginePlan, plan_engines
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
-from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.export.device.trtexec import MADE_FROM_FILE, MODE_FILE, UNCHECKED
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
 from diffcr_compile.runtime.device import Device
@@ -144,13 +144,14 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
         None if it built nothing.
 
     Raises:
-        ArtifactError: engines are missing or damaged.
+        ArtifactError: engines are missing or damaged, or were built by the script of another artifact.
         UsageError: a build or a check is at work in the folder of this device.
     """
     source = artifact / UNCHECKED
-    if not (source / "mode").is_file():
+    if not (source / MODE_FILE).is_file():
         return None
-    mode, _, layout = (source / "mode").read_text(encoding="utf-8").strip().partition(" ")
+    _check_origin(source, manifest)
+    mode, _, layout = _written(source / MODE_FILE).partition(" ")
     plan = plan_engines(manifest, mode, layout)  # type: ignore[arg-type]  # it refuses other words
     names = [plan_file(spec.name) for spec in plan.engines]
     for name in names:
@@ -165,8 +166,29 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
         sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
         write_sidecar(folder, sidecar)
         _remove_others(folder, files)
-        (source / "mode").unlink()
+        (source / MODE_FILE).unlink()
     return Built(folder, sidecar, ())
+
+
+def _check_origin(source: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError unless the script that built here was written for this artifact."""
+    found = _written(source / MADE_FROM_FILE)
+    if found != made_from(manifest):
+        whose = (
+            f"for the artifact {found[:12]}"
+            if found
+            else "for an artifact that it does not name"
+        )
+        raise ArtifactError(
+            f"{source} was built by a build_on_device.sh {whose}, this one is {made_from(manifest)[:12]}. Run sh "
+            f"build_on_device.sh in {source.parent.parent} again; engines of the same graphs are kept.",
+            code="DCR-A012",
+        )
+
+
+def _written(path: Path) -> str:
+    """What the script wrote into a file, without the end of the line; "" if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
 def _put(source: Path, target: Path) -> None:

@@ -18,6 +18,8 @@ from diffcr_compile.engine_plan import (
 from diffcr_compile.errors import UsageError
 from diffcr_compile.export.device.job import BuildSettings, job_key
 from diffcr_compile.export.device.trtexec import (
+    MADE_FROM_FILE,
+    MODE_FILE,
     UNCHECKED,
     trtexec_arguments,
     unchecked_plan,
@@ -66,6 +68,7 @@ case "$("$trtexec" --help 2>&1 || :)" in
 esac
 
 mkdir -p {folder}
+rm -f -- {folder}/{mode_file} # until all engines of a mode are there, those of another run are not to be taken
 
 # build NAME KEY PLAN ARGUMENT...: run trtexec unless PLAN is whole and was built with the same KEY.
 build() {{
@@ -100,7 +103,8 @@ build() {{
 """
 
 _TAIL = """\
-printf '%s %s\\n' "$mode" {layout} >{folder}/mode
+printf '%s\\n' {made_from} >{folder}/{made_from_file}
+printf '%s %s\\n' "$mode" {layout} >{folder}/{mode_file}
 echo "built. Nothing runs until every timestep bucket gave its golden outputs on this device:"
 echo "  python3 diffcr_runtime.pyz check .        (or: diffcr validate . --level engine)"
 """
@@ -152,7 +156,9 @@ def device_script(
         if name.startswith("onnx/")
     )
     modes = "|".join(plans)
-    head = _HEAD.format(modes=modes, default=default, sums=sums, folder=UNCHECKED)
+    head = _HEAD.format(
+        modes=modes, default=default, sums=sums, folder=UNCHECKED, mode_file=MODE_FILE
+    )
     cases = ["case $mode in"]
     for mode, plan in plans.items():
         cases += [f"  {mode})", *_calls(plan, manifest, settings), "    ;;"]
@@ -164,7 +170,14 @@ def device_script(
         "esac",
         "",
     ]
-    return head + "\n".join(cases) + _TAIL.format(folder=UNCHECKED, layout=layout)
+    tail = _TAIL.format(
+        folder=UNCHECKED,
+        layout=layout,
+        made_from=made_from(manifest),
+        made_from_file=MADE_FROM_FILE,
+        mode_file=MODE_FILE,
+    )
+    return head + "\n".join(cases) + tail
 
 
 def _plans(manifest: Manifest, layout: ProfileLayout) -> dict[EngineMode, EnginePlan]:

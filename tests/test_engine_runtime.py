@@ -38,7 +38,7 @@ from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR, made_from
-from diffcr_compile.runtime.open_engines import open_device
+from diffcr_compile.runtime.open_engines import open_device, open_unchecked
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
@@ -497,6 +497,47 @@ def test_a_plan_that_was_replaced_while_a_runner_swaps_is_not_run(built: Path) -
     path.unlink()
     with pytest.raises(ArtifactError, match=r"bucket_01\.plan is missing"):
         runner(**small.call(MIDDLES[1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "row", "message"),
+    [
+        ("outputs", {"shape": [2, 16, 9]}, r"output float32\[2, 16, 8\], the artifact float32\[2, 16, 9\]"),
+        ("outputs", {"name": "o", "shape": [4]}, r"has as o nothing, the artifact float32\[4\]"),
+        ("outputs", {"dtype": "float16"}, r"float32\[2, 16, 8\], the artifact float16"),
+        ("inputs", {"shape": [2, 8, 8]}, r"has as x float32\[2, 16, 8\], the artifact float32\[2, 8, 8\]"),
+        ("inputs", {"dtype": "complex64", "shape": [2, 16, 4]}, r"the artifact float32\[2, 16, 4, 2\]"),
+    ],
+)  # fmt: skip
+def test_an_engine_with_other_tensors_than_the_manifest_is_not_opened(
+    built: Path, device: Any, key: str, row: dict[str, Any], message: str
+) -> None:
+    manifest = read_manifest(built)
+    first, *rest = getattr(manifest, key)
+    other = dataclasses.replace(manifest, **{key: [{**first, **row}, *rest]})
+    sidecar = json.loads((folder_of(built) / SIDECAR).read_text())
+    sidecar["made_from"] = made_from(other)
+    (folder_of(built) / SIDECAR).write_text(json.dumps(sidecar))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        open_unchecked(folder_of(built), other).run(0, {})
+    assert caught.value.code == "DCR-A012"
+
+
+def test_a_size_that_an_engine_leaves_open_is_looked_at_in_its_contexts(
+    engines: dict[EngineMode, Path], device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_OUTPUT_TOKENS", "16")
+    inputs = small.call(MIDDLES[0])
+    found = load(engines["profiles"], backend="tensorrt")(**inputs)
+    np.testing.assert_allclose(found, small.expected(inputs, 0), atol=1e-5)
+    with pytest.raises(ArtifactError, match=r"output float32\[2, -1, 8\], the artifact"):
+        load(engines["per_bucket"], backend="tensorrt")  # no length is open there
+    monkeypatch.setenv("FAKE_TRT_OUTPUT_TOKENS", "17")
+    with pytest.raises(
+        ArtifactError, match="outputs of other shapes than the manifest"
+    ) as caught:
+        load(engines["profiles"], backend="tensorrt")
+    assert caught.value.code == "DCR-A011"
 
 
 # --------------------------------------------------------------------------------------- building

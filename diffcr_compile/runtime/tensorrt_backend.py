@@ -14,6 +14,7 @@ import numpy.typing as npt
 from diffcr_compile.engine_plan import Place
 from diffcr_compile.errors import ArtifactError, ResourceError
 from diffcr_compile.manifest import Manifest
+from diffcr_compile.runtime.complex_inputs import GraphTensor, as_graph_tensor, tensor_words
 from diffcr_compile.runtime.cuda_api import Cuda
 from diffcr_compile.runtime.device_buffers import ActivationBuffer, TensorBuffers, tensor_bytes
 from diffcr_compile.runtime.engine_files import Sidecar, plan_file, read_plan, rebuild
@@ -195,6 +196,7 @@ class TensorRTBackend:
         self._cuda.synchronize(self._cuda_stream)
         for name, shape in shapes.items():
             done = done and bool(context.set_input_shape(name, shape))
+        done = done and self._gives_outputs(context)
         size = self._activation_bytes(engine, number)
         context.set_device_memory(self._activations.reserve(size), size)
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
@@ -203,11 +205,19 @@ class TensorRTBackend:
             )
         if not done:
             raise ArtifactError(
-                f"profile {number} of {spec.name} does not take the shapes that its sidecar names: "
+                f"profile {number} of {spec.name} does not take the shapes that its sidecar names, or gives "
+                "outputs of other shapes than the manifest: "
                 f"{ {n: tuple(s) for n, s in shapes.items()} }. {rebuild(self._artifact)}",
                 code="DCR-A011",
             )
         return context
+
+    def _gives_outputs(self, context: Any) -> bool:
+        """Whether a context, which knows every length, gives outputs that fill their buffers."""
+        return all(
+            tuple(context.get_tensor_shape(row["name"])) == as_graph_tensor(row)[0]
+            for row in self._manifest.outputs
+        )
 
     def _context_settings(self, engine: Any, open_lengths: bool) -> Any:
         """The scratch memory is ours; TensorRT-RTX specialises kernels for open lengths before the first run.
@@ -299,23 +309,30 @@ class TensorRTBackend:
         self._cuda.synchronize(self._cuda_stream)
 
     def _check_tensors(self, path: Path, engine: Any) -> None:
-        """Raise ArtifactError unless the engine's inputs and outputs are the artifact's."""
-        wanted = {
-            spec["name"]: as_graph_type(spec["dtype"])
-            for spec in (*self._manifest.inputs, *self._manifest.outputs)
-        }
+        """Raise ArtifactError unless the engine's inputs and outputs are the artifact's, and fill their buffers.
+
+        An input that no node reads may be missing; an output may not, its buffer would keep what was there.
+        Behind an open length a size may be open too, until a context knows the length.
+        """
+        specs = (*self._manifest.inputs, *self._manifest.outputs)
+        wanted = {spec["name"]: as_graph_tensor(spec) for spec in specs}
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         lengths = self._length_inputs()
-        for number in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(number)
-            if name in lengths:
-                continue
-            found = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
-            if wanted.get(name) != found:
+        found = {name: self._tensor(engine, name) for name in names if name not in lengths}
+        may_be_open = any(name in lengths for name in names)
+        outputs = {spec["name"] for spec in self._manifest.outputs}
+        for name in sorted(found.keys() | outputs):
+            if not _fits(found.get(name), wanted.get(name), may_be_open):
                 raise ArtifactError(
-                    f"{path} has a tensor {name} of type {found}, the artifact "
-                    f"{wanted.get(name, 'has no such tensor')}. {rebuild(self._artifact)}",
+                    f"{path} has as {name} {tensor_words(found.get(name))}, the artifact "
+                    f"{tensor_words(wanted.get(name))}. {rebuild(self._artifact)}",
                     code="DCR-A012",
                 )
+
+    def _tensor(self, engine: Any, name: str) -> GraphTensor:
+        """Shape and type of an engine's tensor; an open length is -1."""
+        dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
+        return tuple(engine.get_tensor_shape(name)), dtype
 
     def _check_memory(self) -> None:
         """Raise ResourceError if the plans alone are larger than what is free."""
@@ -335,6 +352,11 @@ class TensorRTBackend:
             )
 
 
-def as_graph_type(dtype: str) -> str:
-    """The type that a graph has for a tensor of the manifest: complex ones are real pairs."""
-    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
+def _fits(found: GraphTensor | None, wanted: GraphTensor | None, may_be_open: bool) -> bool:
+    """Whether a tensor of an engine is the one of the manifest."""
+    if found is None or wanted is None or found[1] != wanted[1]:
+        return False
+    sizes = [
+        w if f == -1 and may_be_open else f for f, w in zip(found[0], wanted[0], strict=False)
+    ]
+    return len(found[0]) == len(wanted[0]) and tuple(sizes) == wanted[0]

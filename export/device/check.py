@@ -17,7 +17,7 @@ from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, verify_artifact
-from diffcr_compile.runtime.complex_inputs import as_graph_tensor
+from diffcr_compile.runtime.complex_inputs import as_graph_tensor, tensor_words
 from diffcr_compile.runtime.engine_files import ENGINES, read_sidecar, take_ok_back, write_ok
 from diffcr_compile.runtime.find_engines import none_for
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
@@ -150,14 +150,10 @@ def _check_inputs(path: Path, inputs: Mapping[str, Array], manifest: Manifest) -
     if wrong:
         name = wrong[0]
         raise ArtifactError(
-            f"{path} has as input {name} {_tensor_words(found.get(name))}, the manifest says "
-            f"{_tensor_words(wanted.get(name))}. Copy the artifact again, or make it anew with diffcr compile.",
+            f"{path} has as input {name} {tensor_words(found.get(name))}, the manifest says "
+            f"{tensor_words(wanted.get(name))}. Copy the artifact again, or make it anew with diffcr compile.",
             code="DCR-A004",
         )
-
-
-def _tensor_words(tensor: tuple[tuple[int, ...], str] | None) -> str:
-    return "nothing" if tensor is None else f"{tensor[1]}{list(tensor[0])}"
 
 
 def _given(backend: Backend | None) -> Backend:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,7 @@ from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, writ
 from diffcr_compile.runtime import Runner, load
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR, made_from
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
+from diffcr_compile.runtime.tensorrt_backend import TensorRTBackend
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
@@ -174,7 +177,7 @@ def test_tensorrt_rtx_specialises_kernels_for_open_lengths_before_a_cuda_graph_k
     monkeypatch.setenv("FAKE_TRT_RTX", "1")
     _forget()
     runner = load(engines[mode], backend="tensorrt")
-    contexts = runner.backend._contexts.values()  # type: ignore[attr-defined]
+    contexts = runner.backend._loaded.contexts.values()  # type: ignore[attr-defined]
     assert {entry.context.specialization for entry in contexts} == expected
     runner.close()
 
@@ -220,6 +223,7 @@ def test_the_work_of_a_context_is_recorded_once_and_replayed(built: Path, device
         np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
     assert device.state.launches == 4  # all but the first run
     assert len(device.state.graphs) == 1
+    runner.close()
     device.reset()
     plain = load(built, backend="tensorrt", cuda_graphs=False)
     for seed in range(3):
@@ -280,6 +284,58 @@ def test_an_allocation_that_fails_is_a_resource_error(built: Path, device: Any) 
     )()
     with pytest.raises(ResourceError, match=r"out of memory|need more than"):
         load(built, backend="tensorrt", swap=True)
+
+
+def test_what_was_allocated_before_the_device_was_full_is_given_back(
+    built: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_malloc = device.cudaMalloc
+
+    def full(size: int) -> tuple[int, int]:
+        if len(device.state.allocations) == 2:
+            return 2, 0
+        found: tuple[int, int] = cuda_malloc(size)
+        return found
+
+    monkeypatch.setattr(device, "cudaMalloc", full)
+    with pytest.raises(ResourceError, match="out of memory"):
+        load(built, backend="tensorrt")
+    assert device.state.allocations == {}
+    assert device.state.streams == set()
+
+
+def test_a_runner_that_is_dropped_gives_its_memory_back(built: Path, device: Any) -> None:
+    runner = load(built, backend="tensorrt")
+    for seed in range(3):
+        runner(**small.call(100.0, seed))
+    assert device.state.graphs
+    del runner
+    gc.collect()
+    assert device.state.allocations == {}
+    assert device.state.streams == set()
+    assert device.state.graphs == {}
+
+
+def test_closing_waits_for_a_run_in_another_thread(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(built, backend="tensorrt", cuda_graphs=False)
+    inputs = small.call(100.0)
+    threads: list[threading.Thread] = []
+    execute = TensorRTBackend._execute
+
+    def slow(*arguments: Any) -> None:
+        threads.append(threading.Thread(target=runner.close))
+        threads[0].start()
+        threads[0].join(0.2)
+        assert threads[0].is_alive()
+        execute(*arguments)
+
+    monkeypatch.setattr(TensorRTBackend, "_execute", slow)
+    np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
+    threads[0].join(10)
+    with pytest.raises(ResourceError, match="closed"):
+        runner(**inputs)
 
 
 def test_options_of_the_other_backend_are_refused(built: Path) -> None:

@@ -27,7 +27,7 @@ from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
 # What a device without Python and this package has.
-TOOLS = ("sh", "sha256sum", "mkdir", "mv", "rm", "cat", "tail", "dirname")
+TOOLS = ("sh", "sha256sum", "mkdir", "mv", "rm", "cat", "tail", "dirname", "tr")
 TRTEXEC = """\
 #!/bin/sh
 # Records its arguments, one a line, and writes what the engine would be.
@@ -66,6 +66,7 @@ class Shell:
         self.record.mkdir()
         self.path.mkdir()
         (self.record / "help").write_text(
+            "&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # trtexec --help\n"
             "  --stronglyTyped   Create a strongly typed network"
         )
         (self.path / "trtexec").write_text(TRTEXEC)
@@ -193,6 +194,39 @@ def test_a_second_run_builds_nothing_and_one_after_a_kill_goes_on(shell: Shell) 
     ]
     assert shell.run().stdout.count("built already") == 3
     assert len(shell.calls()) == 4
+
+
+def test_engines_of_another_tensorrt_are_built_again(shell: Shell) -> None:
+    help_file = shell.record / "help"
+    for text, calls in (
+        ("[TensorRT v100300]", 1),
+        ("[TensorRT v100300] [b26] # /elsewhere/trtexec", 1),
+        ("[TensorRT v101300]", 2),
+        ("a banner without a version", 3),
+        ("another banner without a version", 3),
+    ):
+        help_file.write_text(f"&&&& RUNNING TensorRT.trtexec {text}\n--stronglyTyped")
+        assert shell.run("profiles").returncode == 0
+        assert len(shell.calls()) == calls
+    (shell.path / "trtexec").write_text(f"{TRTEXEC}# another build of it\n")
+    assert shell.run("profiles").returncode == 0
+    assert len(shell.calls()) == 4
+
+
+def test_engines_of_another_board_are_built_again(shell: Shell, tmp_path: Path) -> None:
+    model, script = tmp_path / "model", shell.artifact / "build_on_device.sh"
+    script.write_text(script.read_text().replace("/proc/device-tree/model", str(model)))
+    for name, calls in (
+        (None, 1),
+        (b"NVIDIA Jetson AGX Orin\0", 2),
+        (b"NVIDIA Jetson AGX Orin\0", 2),
+        (b"NVIDIA Jetson Orin NX\0", 3),
+    ):
+        if name is not None:
+            model.write_bytes(name)
+        done = shell.run("profiles")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(shell.calls()) == calls
 
 
 def test_the_script_says_which_artifact_its_engines_are_of(shell: Shell) -> None:

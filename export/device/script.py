@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffcr_compile.device_state import BOARD_MODEL_FILE
 from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.engine_plan import (
     ENGINE_MODES,
@@ -61,18 +62,32 @@ then
 fi
 
 # TensorRT 10 is told that the graph's types count; TensorRT 11 knows nothing else and lacks the option.
+help=$("$trtexec" --help 2>&1 || :)
 typed=
-case "$("$trtexec" --help 2>&1 || :)" in
+case $help in
   *--stronglyTyped*) typed=--stronglyTyped ;;
   *) ;;
 esac
+
+# An engine belongs to one TensorRT and one board: after an update, or on another board, it is built again.
+case $help in
+  *"[TensorRT v"*)
+    version=${{help#*"[TensorRT v"}}
+    version=${{version%%"]"*}}
+    ;;
+  *) version=$(sha256sum <"$(command -v -- "$trtexec")") ;; # it says no version, so the program itself stands for it
+esac
+board=
+if [ -r {model_file} ]; then
+  board=$(tr -d '\\000' <{model_file})
+fi
 
 mkdir -p {folder}
 rm -f -- {folder}/{mode_file} # until all engines of a mode are there, those of another run are not to be taken
 
 # build NAME KEY PLAN ARGUMENT...: run trtexec unless PLAN is whole and was built with the same KEY.
 build() {{
-  name=$1 key=$2 plan=$3
+  name=$1 key="$2, TensorRT $version, ${{board:-no board}}" plan=$3
   shift 3
   if [ -f "$plan.key" ] && [ "$(cat -- "$plan.key")" = "$key" ] &&
     sha256sum --check --status -- "$plan.sha256" 2>/dev/null; then
@@ -157,7 +172,12 @@ def device_script(
     )
     modes = "|".join(plans)
     head = _HEAD.format(
-        modes=modes, default=default, sums=sums, folder=UNCHECKED, mode_file=MODE_FILE
+        modes=modes,
+        default=default,
+        sums=sums,
+        folder=UNCHECKED,
+        mode_file=MODE_FILE,
+        model_file=f"/{BOARD_MODEL_FILE}",
     )
     cases = ["case $mode in"]
     for mode, plan in plans.items():

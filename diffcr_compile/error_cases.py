@@ -211,7 +211,7 @@ _ROWS = (
     ("DCR-A014", "an artifact without a recipe", "model/recipe.json, which says how the model is called, is missing.",
      "Make the artifact anew, or use CompiledDenoiser(folder, dense_model), which needs none."),
     ("DCR-A009", "there are no engines", "Engines are built on the device that runs them.", "Run diffcr build, or build_on_device.sh, on the device."),
-    ("DCR-A010", "engines of another device or version", "An engine runs only on the kind of GPU and with the TensorRT it was built with.",
+    ("DCR-A010", "engines of another device or version", "An engine runs only on the kind of board and GPU, with the memory and with the TensorRT that it was built with.",
      "Build them again on this device."),
     ("DCR-A011", "an engine is missing or was changed", "A plan's size or sha256 differs from its sidecar's, or the sidecar is damaged.", "Build the engines again."),
     ("DCR-A012", "engines of another artifact", "They were made of other graphs or weights, or for other timestep buckets, kept tokens, inputs or outputs.", "Build the engines again."),

@@ -227,6 +227,8 @@ def test_engines_of_another_board_are_built_again(shell: Shell, tmp_path: Path) 
         done = shell.run("profiles")
         assert (done.returncode, done.stderr) == (0, "")
         assert len(shell.calls()) == calls
+        found = (shell.artifact / "engines/unchecked/board").read_bytes()
+        assert found == (name or b"").rstrip(b"\0") + b"\n"
 
 
 def test_the_script_says_which_artifact_its_engines_are_of(shell: Shell) -> None:
@@ -397,7 +399,7 @@ def test_on_the_device_the_verb_builds_checks_and_the_engines_run(
     assert run(monkeypatch, *command, "--mode", "profiles") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verified"] is True
-    assert found["device"] == "Orin, SM87, tensorrt 10.3.0"
+    assert found["device"] == "Orin (8 GB), SM87, tensorrt 10.3.0"
     assert [row["bucket"] for row in found["buckets"]] == [0, 1, 2, 3]
     inputs = small.call(900.0)
     np.testing.assert_allclose(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -39,6 +40,8 @@ from diffcr_compile.export.device.trtexec import UNCHECKED
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
+from diffcr_compile.runtime import open_engines as open_engines_module
+from diffcr_compile.runtime.device import this_device
 from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR, made_from
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
 from diffcr_compile.runtime.tensorrt_backend import TensorRTBackend
@@ -123,6 +126,7 @@ def script_built(artifact: Path, folder: Path, mode: str) -> None:
     for plan in folder.glob("*.plan"):
         shutil.copy(plan, source)
         (source / f"{plan.name}.sha256").write_text(f"{sha256_file(plan)}  {plan.name}\n")
+    (source / "board").write_text("\n")
     (source / "made_from").write_text(made_from(read_manifest(artifact)) + "\n")
     (source / "mode").write_text(f"{mode}\n")
 
@@ -204,6 +208,54 @@ def test_what_the_script_of_another_artifact_built_is_not_taken(
     assert caught.value.code == "DCR-A012"
 
 
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "words"),
+    [
+        (b"NVIDIA Jetson Orin NX\0", 8, r"\(NVIDIA Jetson Orin NX, 8 GB\).*Orin NX differs"),
+        (b"NVIDIA Jetson AGX Orin\0", 64, r"this is Orin \(.*64 GB\).*: 64 GB differs"),
+        (b"NVIDIA Jetson AGX Orin\0", 9, ""),
+    ],
+)
+def test_another_module_with_the_same_gpu_is_another_device(
+    out: Path, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    model: bytes, gigabytes: int, words: str,
+) -> None:  # fmt: skip
+    file = tmp_path / "proc/device-tree/model"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"NVIDIA Jetson AGX Orin\0")
+    monkeypatch.setattr(
+        open_engines_module, "this_device", functools.partial(this_device, root=tmp_path)
+    )
+    build(out)
+    file.write_bytes(model)
+    device.state.total = gigabytes * 10**9
+    if not words:
+        load(out, backend="tensorrt").close()
+        return
+    with pytest.raises(ArtifactError, match=words) as caught:
+        load(out, backend="tensorrt")
+    assert caught.value.code == "DCR-A010"
+    with pytest.raises(ArtifactError, match=words):
+        check_engines(out, read_manifest(out), folder_of(out), "tensorrt", 1e-4)
+
+
+def test_what_the_script_built_on_another_board_is_not_taken(built: Path) -> None:
+    script_built(built, folder_of(built), "per_bucket pinned")
+    (built / UNCHECKED / "board").write_text("NVIDIA Jetson AGX Orin\n")
+    with pytest.raises(
+        ArtifactError, match=r"the board NVIDIA.*this is Orin \(8 GB\)"
+    ) as caught:
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    assert caught.value.code == "DCR-A010"
+
+
+def test_engines_built_ahead_of_time_cannot_be_checked_into_use(built: Path) -> None:
+    edited(ahead_of_time=True)(folder_of(built))
+    with pytest.raises(ArtifactError, match="built ahead of time") as caught:
+        check_engines(built, read_manifest(built), folder_of(built), "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A013"
+
+
 def test_threads_may_share_a_runner(built: Path) -> None:
     runner = load(built, backend="tensorrt", swap=True)
 
@@ -270,7 +322,7 @@ def test_swap_keeps_one_engine_and_loading_all_keeps_three(built: Path, device: 
 
 def test_too_little_memory_is_said_before_a_plan_is_read(built: Path, device: Any) -> None:
     sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
-    device.state.total = sum(sizes) - 1
+    device.state.taken = device.state.total - (sum(sizes) - 1)
     with pytest.raises(ResourceError, match=r"need more than .* MB.*swap=True") as caught:
         load(built, backend="tensorrt")
     assert caught.value.code == "DCR-R003"
@@ -278,7 +330,7 @@ def test_too_little_memory_is_said_before_a_plan_is_read(built: Path, device: An
 
 def test_an_allocation_that_fails_is_a_resource_error(built: Path, device: Any) -> None:
     sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
-    device.state.total = sum(sizes)
+    device.state.taken = device.state.total - sum(sizes)
     device.state.allocations[1 << 40] = (
         device.ctypes.c_char * (sum(sizes) - max(sizes) - 10)
     )()
@@ -426,12 +478,25 @@ REFUSALS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("DCR-A011", r"was changed: its sha256", changed),
     ("DCR-A011", r"bytes, its sidecar says .*truncated", truncated),
     ("DCR-A011", r"is missing", missing),
-    ("DCR-A010", r"built for Orin, SM86.*this is Orin, SM87.*SM87 differs", edited(sm=86)),
+    (
+        "DCR-A010",
+        r"built for Orin \(8 GB\), SM86.*this is Orin \(8 GB\), SM87.*SM87 differs",
+        edited(sm=86),
+    ),
+    ("DCR-A010", r"built for Orin Nano.*the name Orin differs", edited(name="Orin Nano")),
+    (
+        "DCR-A010",
+        r"built for Orin \(AGX, 8 GB\).*board without a name differs",
+        edited(board="AGX"),
+    ),
+    ("DCR-A010", r"built for Orin \(64 GB\).*: 8 GB differs", edited(memory_gb=64)),
     ("DCR-A010", r"tensorrt 10\.3\.0 differs", edited(version="10.13.3")),
     ("DCR-A012", r"made of other graphs or weights", edited(made_from="0" * 64)),
     ("DCR-A009", r"has no engines for Orin", no_sidecar),
     ("DCR-A011", r"cannot be read", no_json),
+    ("DCR-A011", r"its version is '2', this runtime reads 3", edited(sidecar_version=2)),
     ("DCR-A011", r"cannot be read: its version", edited(sidecar_version=99)),
+    ("DCR-A011", r"cannot be read.*whole number", edited(memory_gb="8")),
     ("DCR-A011", r"cannot be read", edited(files={})),
     ("DCR-A011", r"cannot be read", edited(plan={"mode": "profiles"})),
     ("DCR-A011", r"cannot be read.*letters, digits", a_path_out),

@@ -150,7 +150,7 @@ def test_the_verbs_of_the_device_validate_examine_build_and_check(device: Path) 
     assert rows["tensorrt"]["found"] == "10.3.0"
     done = python(device, pyz, "check", path=paths)
     assert done.returncode == 7
-    assert "has no engines for Orin, SM87" in done.stderr
+    assert "has no engines for Orin (8 GB), SM87" in done.stderr
     done = python(device, pyz, "build", "--mode", "profiles", path=paths)
     assert done.returncode == 0, done.stderr
     assert "the engines may be used" in done.stdout

@@ -24,7 +24,8 @@ from diffcr_compile.runtime.device import MODULES, Device
 ENGINES = "engines"
 SIDECAR = "engine.json"
 OK_FILE = "engine.ok.json"
-SIDECAR_VERSION = 2
+# 3: also which board, and how much memory; an older sidecar does not say where its engines may run
+SIDECAR_VERSION = 3
 MAX_SIDECAR_BYTES = 1 << 24
 _OTHER_BYTES = "was changed: its sha256 is not the one in its sidecar"
 
@@ -175,7 +176,10 @@ def read_sidecar(folder: Path) -> Sidecar:
     """
     data, digest = _read_json(folder / SIDECAR)
     if data.get("sidecar_version") != SIDECAR_VERSION:
-        raise _damaged(folder, f"its version is {str(data.get('sidecar_version'))[:40]!r}")
+        found = str(data.get("sidecar_version"))[:40]
+        raise _damaged(
+            folder, f"its version is {found!r}, this runtime reads {SIDECAR_VERSION}"
+        )
     try:
         return Sidecar(
             device=_device(data["device"]),
@@ -264,6 +268,8 @@ def _device(data: Mapping[str, Any]) -> Device:
         sm=_whole(data["sm"]),
         runtime=str(data["runtime"]),
         version=str(data["version"]),
+        board=str(data["board"]),
+        memory_gb=_whole(data["memory_gb"]),
     )
     if device.runtime not in MODULES:
         raise ValueError(f"the runtime is {device.runtime[:40]!r}")

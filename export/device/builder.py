@@ -13,7 +13,12 @@ from diffcr_compile.engine_plan import EnginePlan, plan_engines
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
-from diffcr_compile.export.device.trtexec import MADE_FROM_FILE, MODE_FILE, UNCHECKED
+from diffcr_compile.export.device.trtexec import (
+    BOARD_FILE,
+    MADE_FROM_FILE,
+    MODE_FILE,
+    UNCHECKED,
+)
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
 from diffcr_compile.runtime.device import Device
@@ -144,13 +149,14 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
         None if it built nothing.
 
     Raises:
-        ArtifactError: engines are missing or damaged, or were built by the script of another artifact.
+        ArtifactError: engines are missing or damaged, or were built by the script of another artifact
+            or on another board.
         UsageError: a build or a check is at work in the folder of this device.
     """
     source = artifact / UNCHECKED
     if not (source / MODE_FILE).is_file():
         return None
-    _check_origin(source, manifest)
+    _check_origin(source, manifest, device)
     mode, _, layout = _written(source / MODE_FILE).partition(" ")
     plan = plan_engines(manifest, mode, layout)  # type: ignore[arg-type]  # it refuses other words
     names = [plan_file(spec.name) for spec in plan.engines]
@@ -170,8 +176,8 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
     return Built(folder, sidecar, ())
 
 
-def _check_origin(source: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError unless the script that built here was written for this artifact."""
+def _check_origin(source: Path, manifest: Manifest, device: Device) -> None:
+    """Raise ArtifactError unless the script was written for this artifact and ran on this board."""
     found = _written(source / MADE_FROM_FILE)
     if found != made_from(manifest):
         whose = (
@@ -183,6 +189,13 @@ def _check_origin(source: Path, manifest: Manifest) -> None:
             f"{source} was built by a build_on_device.sh {whose}, this one is {made_from(manifest)[:12]}. Run sh "
             f"build_on_device.sh in {source.parent.parent} again; engines of the same graphs are kept.",
             code="DCR-A012",
+        )
+    board = _written(source / BOARD_FILE)
+    if board != device.board:
+        raise ArtifactError(
+            f"{source} was built on the board {board or 'without a name'}, this is {device}: an engine runs only "
+            f"where it was built. Run sh build_on_device.sh in {source.parent.parent} here.",
+            code="DCR-A010",
         )
 
 

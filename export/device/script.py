@@ -19,6 +19,7 @@ from diffcr_compile.engine_plan import (
 from diffcr_compile.errors import UsageError
 from diffcr_compile.export.device.job import BuildSettings, job_key
 from diffcr_compile.export.device.trtexec import (
+    BOARD_FILE,
     MADE_FROM_FILE,
     MODE_FILE,
     UNCHECKED,
@@ -118,6 +119,7 @@ build() {{
 """
 
 _TAIL = """\
+printf '%s\\n' "$board" >{folder}/{board_file}
 printf '%s\\n' {made_from} >{folder}/{made_from_file}
 printf '%s %s\\n' "$mode" {layout} >{folder}/{mode_file}
 echo "built. Nothing runs until every timestep bucket gave its golden outputs on this device:"
@@ -194,6 +196,7 @@ def device_script(
         folder=UNCHECKED,
         layout=layout,
         made_from=made_from(manifest),
+        board_file=BOARD_FILE,
         made_from_file=MADE_FROM_FILE,
         mode_file=MODE_FILE,
     )

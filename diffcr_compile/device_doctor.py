@@ -18,6 +18,7 @@ from diffcr_compile.engine_plan import EngineMode, plan_engines
 from diffcr_compile.errors import DiffCRError
 from diffcr_compile.export.device.memory import memory_need, read_activations, verdicts
 from diffcr_compile.manifest import read_manifest
+from diffcr_compile.runtime.device import Device, same_memory
 from diffcr_compile.runtime.engine_files import ENGINES, SIDECAR, read_sidecar
 
 # Strong typing, INT64 inputs and the operators of the exported graphs.
@@ -243,6 +244,7 @@ def _engines(artifact: Path, board: BoardState) -> Iterator[Finding]:
             built = version_numbers(device.version)
             if here[: len(built)] != built[: len(here)]:
                 other.append(f"TensorRT {device.version}, here is {board.tensorrt}")
+        other += _other_module(device, board)
         yield Finding(
             path.parent.name,
             str(device),
@@ -250,6 +252,17 @@ def _engines(artifact: Path, board: BoardState) -> Iterator[Finding]:
             f"load(backend='tensorrt'): built for {' and '.join(other)}" if other else "",
             f"diffcr build {artifact}" if other else "",
         )
+
+
+def _other_module(device: Device, board: BoardState) -> Iterator[str]:
+    """What makes a board another than the one of an engine, although it has the same kind of GPU."""
+    if board.model is not None and device.board != board.model:
+        yield f"the board {device.board or 'without a name'}, here is {board.model}"
+    # a board that is known shares its memory with the GPU; elsewhere the system's says nothing about it
+    if board.sm is not None and board.memory is not None:
+        here = round(board.memory / 1e9)
+        if not same_memory(device.memory_gb, here):
+            yield f"{device.memory_gb} GB of memory, here are {here} GB"
 
 
 def _version(name: str) -> str | None:

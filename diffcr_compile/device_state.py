@@ -19,6 +19,8 @@ JETPACKS = (
     ((36, 0), "6.0", "8.6"),
     ((35, 0), "5", "8.5"),
 )
+# Which board this is, ended by a NUL; machines without a device tree have none.
+BOARD_MODEL_FILE = "proc/device-tree/model"
 _BOARDS = (("orin", 87), ("thor", 110), ("xavier", 72))
 _DESKTOPS = frozenset({"Xorg", "Xwayland", "gnome-shell", "gdm3", "gdm-x-session", "lightdm"})
 _PACKAGES = ("libnvinfer10", "libnvinfer11", "libnvinfer8", "libnvinfer-bin")
@@ -63,7 +65,7 @@ class BoardState:
 
 def read_board(root: Path = Path("/")) -> BoardState:
     """The state of the board whose files lie below `root`."""
-    model = _text(root / "proc/device-tree/model").rstrip("\0\n") or None
+    model = board_model(root) or None
     l4t = _l4t(_text(root / "etc/nv_tegra_release"))
     modes, mode = _power(root)
     disk, zram = _swaps(_text(root / "proc/swaps"))
@@ -84,6 +86,11 @@ def read_board(root: Path = Path("/")) -> BoardState:
         zram=zram,
         desktop=_desktop(root),
     )
+
+
+def board_model(root: Path = Path("/")) -> str:
+    """Name of the board, such as ``NVIDIA Jetson AGX Orin Developer Kit``; "" where none is written."""
+    return _text(root / BOARD_MODEL_FILE).replace("\0", "").strip()
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffcr_compile.durable import atomic_write_bytes
+from diffcr_compile.errors import ArtifactError
 from diffcr_compile.runtime.complex_inputs import as_graph_input
 from diffcr_compile.runtime.safetensors_file import read_safetensors
 
@@ -61,8 +62,14 @@ def read_golden(path: Path) -> tuple[dict[str, Array], list[Array]]:
     inputs = {
         k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")
     }
-    names = output_names(sum(key.startswith("output.") for key in tensors))
-    return inputs, [tensors[f"output.{name}"] for name in names]
+    names = [f"output.{n}" for n in output_names(len(tensors) - len(inputs))]
+    if set(names) != {name for name in tensors if not name.startswith("input.")}:
+        raise ArtifactError(
+            f"{path} holds the tensors {sorted(tensors)!s:.200}, expected inputs and {names}. Copy the artifact "
+            "again, or make it anew with diffcr compile.",
+            code="DCR-A004",
+        )
+    return inputs, [tensors[name] for name in names]
 
 
 def output_names(count: int) -> list[str]:

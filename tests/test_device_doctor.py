@@ -176,10 +176,12 @@ def test_engines_of_another_device_or_tensorrt_are_named(tmp_path: Path) -> None
     out = small.write(tmp_path / "out")
     manifest = read_manifest(out)
     plan = plan_engines(manifest, "profiles")
+    nano = ORIN["proc/device-tree/model"].rstrip("\0")
     for device in (
-        Device("Orin", 87, "tensorrt", "10.3.0"),
-        Device("Orin", 87, "tensorrt", "10.16.1"),
-        Device("Thor", 110, "tensorrt", "10.3.0"),
+        Device("Orin", 87, "tensorrt", "10.3.0", nano, 8),
+        Device("Orin", 87, "tensorrt", "10.16.1", nano, 8),
+        Device("Orin NX", 87, "tensorrt", "10.3.0", "NVIDIA Jetson Orin NX", 16),
+        Device("Thor", 110, "tensorrt", "10.3.0", "NVIDIA Jetson Thor", 128),
     ):
         folder = out / "engines" / device.folder
         folder.mkdir(parents=True)
@@ -190,6 +192,9 @@ def test_engines_of_another_device_or_tensorrt_are_named(tmp_path: Path) -> None
     found = examine(board(tmp_path / "board"), out)
     assert found["orin_sm87_trt10.3.0"].level == "ok"
     assert "here is 10.3.0.30" in found["orin_sm87_trt10.16.1"].consequence
+    other = found["orin-nx_sm87_trt10.3.0"].consequence
+    assert f"the board NVIDIA Jetson Orin NX, here is {nano}" in other
+    assert "16 GB of memory, here are 8 GB" in other
     assert "SM110, this board is SM87" in found["thor_sm110_trt10.3.0"].consequence
 
 

@@ -22,11 +22,12 @@ from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.device.trtexec import trtexec_lines
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.runtime import load
+from diffcr_compile.runtime.engine_files import made_from
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
 # What a device without Python and this package has.
-TOOLS = ("sh", "sha256sum", "mkdir", "mv", "rm", "cat", "tail", "dirname")
+TOOLS = ("sh", "sha256sum", "mkdir", "mv", "rm", "cat", "tail", "dirname", "tr")
 TRTEXEC = """\
 #!/bin/sh
 # Records its arguments, one a line, and writes what the engine would be.
@@ -65,6 +66,7 @@ class Shell:
         self.record.mkdir()
         self.path.mkdir()
         (self.record / "help").write_text(
+            "&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # trtexec --help\n"
             "  --stronglyTyped   Create a strongly typed network"
         )
         (self.path / "trtexec").write_text(TRTEXEC)
@@ -192,6 +194,51 @@ def test_a_second_run_builds_nothing_and_one_after_a_kill_goes_on(shell: Shell) 
     ]
     assert shell.run().stdout.count("built already") == 3
     assert len(shell.calls()) == 4
+
+
+def test_engines_of_another_tensorrt_are_built_again(shell: Shell) -> None:
+    help_file = shell.record / "help"
+    for text, calls in (
+        ("[TensorRT v100300]", 1),
+        ("[TensorRT v100300] [b26] # /elsewhere/trtexec", 1),
+        ("[TensorRT v101300]", 2),
+        ("a banner without a version", 3),
+        ("another banner without a version", 3),
+    ):
+        help_file.write_text(f"&&&& RUNNING TensorRT.trtexec {text}\n--stronglyTyped")
+        assert shell.run("profiles").returncode == 0
+        assert len(shell.calls()) == calls
+    (shell.path / "trtexec").write_text(f"{TRTEXEC}# another build of it\n")
+    assert shell.run("profiles").returncode == 0
+    assert len(shell.calls()) == 4
+
+
+def test_engines_of_another_board_are_built_again(shell: Shell, tmp_path: Path) -> None:
+    model, script = tmp_path / "model", shell.artifact / "build_on_device.sh"
+    script.write_text(script.read_text().replace("/proc/device-tree/model", str(model)))
+    for name, calls in (
+        (None, 1),
+        (b"NVIDIA Jetson AGX Orin\0", 2),
+        (b"NVIDIA Jetson AGX Orin\0", 2),
+        (b"NVIDIA Jetson Orin NX\0", 3),
+    ):
+        if name is not None:
+            model.write_bytes(name)
+        done = shell.run("profiles")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(shell.calls()) == calls
+        found = (shell.artifact / "engines/unchecked/board").read_bytes()
+        assert found == (name or b"").rstrip(b"\0") + b"\n"
+
+
+def test_the_script_says_which_artifact_its_engines_are_of(shell: Shell) -> None:
+    assert shell.run().returncode == 0
+    found = (shell.artifact / "engines/unchecked/made_from").read_text().strip()
+    assert found == made_from(read_manifest(shell.artifact))
+    mode = shell.artifact / "engines/unchecked/mode"
+    assert mode.read_text() == "per_bucket pinned\n"
+    assert shell.run("profiles", KILL="profiles").returncode == 5
+    assert not mode.exists()  # what a run left that did not end is not taken
 
 
 def test_a_plan_that_was_changed_and_other_settings_are_built_again(shell: Shell) -> None:
@@ -340,7 +387,7 @@ def test_two_builds_of_one_artifact_do_not_meet(
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = ("build", str(out), "--target", "jetson-orin-nx", "--mode", "profiles")
         assert run(monkeypatch, *command) == 2
-    assert "another build is at work" in " ".join(capsys.readouterr().err.split())
+    assert "another diffcr run is at work" in " ".join(capsys.readouterr().err.split())
 
 
 def test_on_the_device_the_verb_builds_checks_and_the_engines_run(
@@ -352,7 +399,7 @@ def test_on_the_device_the_verb_builds_checks_and_the_engines_run(
     assert run(monkeypatch, *command, "--mode", "profiles") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verified"] is True
-    assert found["device"] == "Orin, SM87, tensorrt 10.3.0"
+    assert found["device"] == "Orin (8 GB), SM87, tensorrt 10.3.0"
     assert [row["bucket"] for row in found["buckets"]] == [0, 1, 2, 3]
     inputs = small.call(900.0)
     np.testing.assert_allclose(

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import gc
 import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diffcr_compile.engine_plan import ENGINE_MODES, EngineMode, ProfileLayout, plan_engines
 from diffcr_compile.errors import (
@@ -33,10 +37,14 @@ from diffcr_compile.export.device.check import check_engines
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.layer_map import layer_rows
 from diffcr_compile.export.device.trtexec import UNCHECKED
-from diffcr_compile.manifest import read_manifest, sha256_file, write_manifest
+from diffcr_compile.folder_lock import locked
+from diffcr_compile.manifest import hash_files, read_manifest, sha256_file, write_manifest
 from diffcr_compile.runtime import Runner, load
-from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR
-from diffcr_compile.runtime.open_engines import open_device
+from diffcr_compile.runtime import open_engines as open_engines_module
+from diffcr_compile.runtime.device import this_device
+from diffcr_compile.runtime.engine_files import OK_FILE, SIDECAR, made_from
+from diffcr_compile.runtime.open_engines import open_device, open_unchecked
+from diffcr_compile.runtime.tensorrt_backend import TensorRTBackend
 from tests import device_artifact as small
 
 FAKES = Path(__file__).parent / "fakes"
@@ -111,6 +119,18 @@ def folder_of(artifact: Path) -> Path:
     return sidecar.parent
 
 
+def script_built(artifact: Path, folder: Path, mode: str) -> None:
+    """Leave the plans of a folder as ``build_on_device.sh`` leaves those that it built."""
+    source = artifact / UNCHECKED
+    source.mkdir()
+    for plan in folder.glob("*.plan"):
+        shutil.copy(plan, source)
+        (source / f"{plan.name}.sha256").write_text(f"{sha256_file(plan)}  {plan.name}\n")
+    (source / "board").write_text("\n")
+    (source / "made_from").write_text(made_from(read_manifest(artifact)) + "\n")
+    (source / "mode").write_text(f"{mode}\n")
+
+
 # --------------------------------------------------------------------------------------- running
 
 
@@ -161,7 +181,7 @@ def test_tensorrt_rtx_specialises_kernels_for_open_lengths_before_a_cuda_graph_k
     monkeypatch.setenv("FAKE_TRT_RTX", "1")
     _forget()
     runner = load(engines[mode], backend="tensorrt")
-    contexts = runner.backend._contexts.values()  # type: ignore[attr-defined]
+    contexts = runner.backend._loaded.contexts.values()  # type: ignore[attr-defined]
     assert {entry.context.specialization for entry in contexts} == expected
     runner.close()
 
@@ -170,15 +190,70 @@ def test_what_the_script_built_is_taken_in_the_layout_that_it_was_built_in(
     out: Path, device: Any
 ) -> None:
     built = build(out, "profiles", layout="spanning")
-    source = out / UNCHECKED
-    source.mkdir()
-    shutil.copy(built.folder / "profiles_00.plan", source)
-    digest = sha256_file(source / "profiles_00.plan")
-    (source / "profiles_00.plan.sha256").write_text(f"{digest}  profiles_00.plan\n")
-    (source / "mode").write_text("profiles spanning\n")
+    script_built(out, built.folder, "profiles spanning")
     taken = adopt_unchecked(out, read_manifest(out), open_device()[2])
     assert taken is not None
     assert taken.sidecar.plan == built.sidecar.plan
+
+
+@pytest.mark.parametrize("words", ["f" * 64, None])
+def test_what_the_script_of_another_artifact_built_is_not_taken(
+    built: Path, words: str | None
+) -> None:
+    script_built(built, folder_of(built), "per_bucket pinned")
+    path = built / UNCHECKED / "made_from"
+    path.unlink() if words is None else path.write_text(words)
+    with pytest.raises(ArtifactError, match=r"build_on_device\.sh for .*again") as caught:
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    assert caught.value.code == "DCR-A012"
+
+
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "words"),
+    [
+        (b"NVIDIA Jetson Orin NX\0", 8, r"\(NVIDIA Jetson Orin NX, 8 GB\).*Orin NX differs"),
+        (b"NVIDIA Jetson AGX Orin\0", 64, r"this is Orin \(.*64 GB\).*: 64 GB differs"),
+        (b"NVIDIA Jetson AGX Orin\0", 9, ""),
+    ],
+)
+def test_another_module_with_the_same_gpu_is_another_device(
+    out: Path, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    model: bytes, gigabytes: int, words: str,
+) -> None:  # fmt: skip
+    file = tmp_path / "proc/device-tree/model"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"NVIDIA Jetson AGX Orin\0")
+    monkeypatch.setattr(
+        open_engines_module, "this_device", functools.partial(this_device, root=tmp_path)
+    )
+    build(out)
+    file.write_bytes(model)
+    device.state.total = gigabytes * 10**9
+    if not words:
+        load(out, backend="tensorrt").close()
+        return
+    with pytest.raises(ArtifactError, match=words) as caught:
+        load(out, backend="tensorrt")
+    assert caught.value.code == "DCR-A010"
+    with pytest.raises(ArtifactError, match=words):
+        check_engines(out, read_manifest(out), folder_of(out), "tensorrt", 1e-4)
+
+
+def test_what_the_script_built_on_another_board_is_not_taken(built: Path) -> None:
+    script_built(built, folder_of(built), "per_bucket pinned")
+    (built / UNCHECKED / "board").write_text("NVIDIA Jetson AGX Orin\n")
+    with pytest.raises(
+        ArtifactError, match=r"the board NVIDIA.*this is Orin \(8 GB\)"
+    ) as caught:
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    assert caught.value.code == "DCR-A010"
+
+
+def test_engines_built_ahead_of_time_cannot_be_checked_into_use(built: Path) -> None:
+    edited(ahead_of_time=True)(folder_of(built))
+    with pytest.raises(ArtifactError, match="built ahead of time") as caught:
+        check_engines(built, read_manifest(built), folder_of(built), "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A013"
 
 
 def test_threads_may_share_a_runner(built: Path) -> None:
@@ -200,6 +275,7 @@ def test_the_work_of_a_context_is_recorded_once_and_replayed(built: Path, device
         np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
     assert device.state.launches == 4  # all but the first run
     assert len(device.state.graphs) == 1
+    runner.close()
     device.reset()
     plain = load(built, backend="tensorrt", cuda_graphs=False)
     for seed in range(3):
@@ -246,7 +322,7 @@ def test_swap_keeps_one_engine_and_loading_all_keeps_three(built: Path, device: 
 
 def test_too_little_memory_is_said_before_a_plan_is_read(built: Path, device: Any) -> None:
     sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
-    device.state.total = sum(sizes) - 1
+    device.state.taken = device.state.total - (sum(sizes) - 1)
     with pytest.raises(ResourceError, match=r"need more than .* MB.*swap=True") as caught:
         load(built, backend="tensorrt")
     assert caught.value.code == "DCR-R003"
@@ -254,12 +330,64 @@ def test_too_little_memory_is_said_before_a_plan_is_read(built: Path, device: An
 
 def test_an_allocation_that_fails_is_a_resource_error(built: Path, device: Any) -> None:
     sizes = [path.stat().st_size for path in folder_of(built).glob("*.plan")]
-    device.state.total = sum(sizes)
+    device.state.taken = device.state.total - sum(sizes)
     device.state.allocations[1 << 40] = (
         device.ctypes.c_char * (sum(sizes) - max(sizes) - 10)
     )()
     with pytest.raises(ResourceError, match=r"out of memory|need more than"):
         load(built, backend="tensorrt", swap=True)
+
+
+def test_what_was_allocated_before_the_device_was_full_is_given_back(
+    built: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_malloc = device.cudaMalloc
+
+    def full(size: int) -> tuple[int, int]:
+        if len(device.state.allocations) == 2:
+            return 2, 0
+        found: tuple[int, int] = cuda_malloc(size)
+        return found
+
+    monkeypatch.setattr(device, "cudaMalloc", full)
+    with pytest.raises(ResourceError, match="out of memory"):
+        load(built, backend="tensorrt")
+    assert device.state.allocations == {}
+    assert device.state.streams == set()
+
+
+def test_a_runner_that_is_dropped_gives_its_memory_back(built: Path, device: Any) -> None:
+    runner = load(built, backend="tensorrt")
+    for seed in range(3):
+        runner(**small.call(100.0, seed))
+    assert device.state.graphs
+    del runner
+    gc.collect()
+    assert device.state.allocations == {}
+    assert device.state.streams == set()
+    assert device.state.graphs == {}
+
+
+def test_closing_waits_for_a_run_in_another_thread(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(built, backend="tensorrt", cuda_graphs=False)
+    inputs = small.call(100.0)
+    threads: list[threading.Thread] = []
+    execute = TensorRTBackend._execute
+
+    def slow(*arguments: Any) -> None:
+        threads.append(threading.Thread(target=runner.close))
+        threads[0].start()
+        threads[0].join(0.2)
+        assert threads[0].is_alive()
+        execute(*arguments)
+
+    monkeypatch.setattr(TensorRTBackend, "_execute", slow)
+    np.testing.assert_allclose(runner(**inputs), small.expected(inputs, 0), atol=1e-5)
+    threads[0].join(10)
+    with pytest.raises(ResourceError, match="closed"):
+        runner(**inputs)
 
 
 def test_options_of_the_other_backend_are_refused(built: Path) -> None:
@@ -350,12 +478,25 @@ REFUSALS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("DCR-A011", r"was changed: its sha256", changed),
     ("DCR-A011", r"bytes, its sidecar says .*truncated", truncated),
     ("DCR-A011", r"is missing", missing),
-    ("DCR-A010", r"built for Orin, SM86.*this is Orin, SM87.*SM87 differs", edited(sm=86)),
+    (
+        "DCR-A010",
+        r"built for Orin \(8 GB\), SM86.*this is Orin \(8 GB\), SM87.*SM87 differs",
+        edited(sm=86),
+    ),
+    ("DCR-A010", r"built for Orin Nano.*the name Orin differs", edited(name="Orin Nano")),
+    (
+        "DCR-A010",
+        r"built for Orin \(AGX, 8 GB\).*board without a name differs",
+        edited(board="AGX"),
+    ),
+    ("DCR-A010", r"built for Orin \(64 GB\).*: 8 GB differs", edited(memory_gb=64)),
     ("DCR-A010", r"tensorrt 10\.3\.0 differs", edited(version="10.13.3")),
     ("DCR-A012", r"made of other graphs or weights", edited(made_from="0" * 64)),
     ("DCR-A009", r"has no engines for Orin", no_sidecar),
     ("DCR-A011", r"cannot be read", no_json),
+    ("DCR-A011", r"its version is '2', this runtime reads 3", edited(sidecar_version=2)),
     ("DCR-A011", r"cannot be read: its version", edited(sidecar_version=99)),
+    ("DCR-A011", r"cannot be read.*whole number", edited(memory_gb="8")),
     ("DCR-A011", r"cannot be read", edited(files={})),
     ("DCR-A011", r"cannot be read", edited(plan={"mode": "profiles"})),
     ("DCR-A011", r"cannot be read.*letters, digits", a_path_out),
@@ -398,6 +539,36 @@ def test_engines_of_another_artifact_are_refused(
     assert caught.value.code == "DCR-A012"
 
 
+@pytest.mark.parametrize("mode", ENGINE_MODES)
+def test_engines_of_another_schedule_over_the_same_graphs_are_refused_and_not_built_anew(
+    engines: dict[EngineMode, Path], tmp_path: Path, device: Any, mode: EngineMode
+) -> None:
+    out = Path(shutil.copytree(engines[mode], tmp_path / "out"))
+    manifest = read_manifest(out)
+    rows = [dict(row) for row in manifest.buckets]
+    rows[3]["onnx"], kept = rows[2]["onnx"], [*small.KEPT[:3], small.KEPT[2]]
+    other = dataclasses.replace(manifest, buckets=rows, schedule={"a": kept})
+    write_manifest(out, other)
+    with pytest.raises(ArtifactError, match="other timestep buckets, kept tokens") as caught:
+        load(out, backend="tensorrt")
+    assert caught.value.code == "DCR-A012"
+    with pytest.raises(ArtifactError, match="other timestep buckets, kept tokens"):
+        check_engines(out, other, folder_of(out), "tensorrt", 1e-4)
+    kept_plans = build(out, "per_bucket", check=False).kept
+    assert len(kept_plans) == (3 if mode == "per_bucket" else 0)
+
+
+@pytest.mark.parametrize("key", ["low", "high"])
+def test_engines_of_other_edges_are_refused(built: Path, key: str) -> None:
+    manifest = read_manifest(built)
+    rows = [dict(row) for row in manifest.buckets]
+    rows[1][key] += 1
+    write_manifest(built, dataclasses.replace(manifest, buckets=rows))
+    with pytest.raises(ArtifactError, match="other timestep buckets") as caught:
+        load(built, backend="tensorrt")
+    assert caught.value.code == "DCR-A012"
+
+
 def test_no_flipped_byte_of_an_engine_folder_leads_to_another_result(
     engines: dict[EngineMode, Path], tmp_path: Path, device: Any
 ) -> None:
@@ -434,6 +605,60 @@ def test_a_changed_plan_loads_only_where_one_asked_not_to_look(built: Path) -> N
     with pytest.raises(ArtifactError, match="was changed"):
         load(built, backend="tensorrt")
     load(built, backend="tensorrt", verify=False)
+
+
+def test_a_plan_that_was_replaced_while_a_runner_swaps_is_not_run(built: Path) -> None:
+    runner = load(built, backend="tensorrt", swap=True)
+    runner(**small.call(MIDDLES[0]))
+    path = folder_of(built) / "bucket_01.plan"
+    path.write_bytes(path.read_bytes().replace(b'"tf32": false', b'"tf32":  true'))
+    with pytest.raises(ArtifactError, match=r"bucket_01\.plan was changed") as caught:
+        runner(**small.call(MIDDLES[1]))
+    assert caught.value.code == "DCR-A011"
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"bucket_01\.plan is missing"):
+        runner(**small.call(MIDDLES[1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "row", "message"),
+    [
+        ("outputs", {"shape": [2, 16, 9]}, r"output float32\[2, 16, 8\], the artifact float32\[2, 16, 9\]"),
+        ("outputs", {"name": "o", "shape": [4]}, r"has as o nothing, the artifact float32\[4\]"),
+        ("outputs", {"dtype": "float16"}, r"float32\[2, 16, 8\], the artifact float16"),
+        ("inputs", {"shape": [2, 8, 8]}, r"has as x float32\[2, 16, 8\], the artifact float32\[2, 8, 8\]"),
+        ("inputs", {"dtype": "complex64", "shape": [2, 16, 4]}, r"the artifact float32\[2, 16, 4, 2\]"),
+    ],
+)  # fmt: skip
+def test_an_engine_with_other_tensors_than_the_manifest_is_not_opened(
+    built: Path, device: Any, key: str, row: dict[str, Any], message: str
+) -> None:
+    manifest = read_manifest(built)
+    first, *rest = getattr(manifest, key)
+    other = dataclasses.replace(manifest, **{key: [{**first, **row}, *rest]})
+    sidecar = json.loads((folder_of(built) / SIDECAR).read_text())
+    sidecar["made_from"] = made_from(other)
+    (folder_of(built) / SIDECAR).write_text(json.dumps(sidecar))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        open_unchecked(folder_of(built), other).run(0, {})
+    assert caught.value.code == "DCR-A012"
+
+
+def test_a_size_that_an_engine_leaves_open_is_looked_at_in_its_contexts(
+    engines: dict[EngineMode, Path], device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_OUTPUT_TOKENS", "16")
+    inputs = small.call(MIDDLES[0])
+    found = load(engines["profiles"], backend="tensorrt")(**inputs)
+    np.testing.assert_allclose(found, small.expected(inputs, 0), atol=1e-5)
+    with pytest.raises(ArtifactError, match=r"output float32\[2, -1, 8\], the artifact"):
+        load(engines["per_bucket"], backend="tensorrt")  # no length is open there
+    monkeypatch.setenv("FAKE_TRT_OUTPUT_TOKENS", "17")
+    with pytest.raises(
+        ArtifactError, match="outputs of other shapes than the manifest"
+    ) as caught:
+        load(engines["profiles"], backend="tensorrt")
+    assert caught.value.code == "DCR-A011"
 
 
 # --------------------------------------------------------------------------------------- building
@@ -489,6 +714,45 @@ def test_a_killed_build_goes_on_at_the_engine_it_was_in(
     assert build(out).kept == ("bucket_00",)
     assert (folder / "bucket_00.plan").stat().st_mtime_ns == first
     assert load(out, backend="tensorrt")(**small.call(400.0)).shape == (2, 16, 8)
+
+
+def test_nothing_runs_after_a_rebuild_that_was_killed_not_even_unhashed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_KILL", "bucket_01.onnx")
+    with pytest.raises(ResourceError, match="was killed"):
+        build(built, workspace_mb=9)
+    with pytest.raises(ArtifactError, match="never compared") as caught:
+        load(built, backend="tensorrt", verify=False)
+    assert caught.value.code == "DCR-A013"
+
+
+def test_a_build_that_finds_everything_built_takes_nothing_back_before_its_end(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def look(folder: Path, sidecar: Any) -> None:
+        found.append((folder / OK_FILE).is_file())
+
+    monkeypatch.setattr("diffcr_compile.export.device.builder.write_sidecar", look)
+    build(built, check=False)
+    build(built, check=False, workspace_mb=9)
+    assert found == [True, False]
+
+
+def test_nothing_runs_after_taking_the_scripts_engines_was_killed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffcr_compile.export.device.builder._put", killed)
+    script_built(built, folder_of(built), "per_bucket pinned")
+    with pytest.raises(KeyboardInterrupt):
+        adopt_unchecked(built, read_manifest(built), open_device()[2])
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(built, backend="tensorrt", verify=False)
 
 
 def test_a_finished_engine_is_built_again_if_it_was_changed_or_is_asked_for_otherwise(
@@ -556,6 +820,41 @@ def test_an_engine_that_computes_something_else_stays_unusable(
     assert os.listdir(folder_of(out)).count(OK_FILE) == 0
 
 
+def test_a_check_says_nothing_about_engines_that_came_while_it_ran(built: Path) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+
+    class Rebuilt:
+        def run(self, bucket: int, arrays: Any) -> list[Any]:
+            edited(created="later")(folder)
+            return [small.expected(arrays, bucket)]
+
+    with pytest.raises(ArtifactError, match="was changed while its engines") as caught:
+        check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Rebuilt())
+    assert caught.value.code == "DCR-A011"
+    assert not (folder / OK_FILE).exists()
+
+
+def test_nobody_builds_or_adopts_engines_while_they_are_checked_and_the_other_way_round(
+    built: Path,
+) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+
+    class Building:
+        def run(self, bucket: int, arrays: Any) -> list[Any]:
+            build(built, workspace_mb=9)
+            return []
+
+    with pytest.raises(UsageError, match="another diffcr run is at work"):
+        check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Building())
+    script_built(built, folder, "per_bucket pinned")
+    with locked(folder):
+        with pytest.raises(UsageError, match="another diffcr run is at work"):
+            check_engines(built, manifest, folder, "tensorrt", 1e-4)
+        with pytest.raises(UsageError, match="another diffcr run is at work") as caught:
+            adopt_unchecked(built, manifest, open_device()[2])
+    assert caught.value.code == "DCR-U017"
+
+
 def test_a_check_that_fails_takes_an_earlier_permission_back(built: Path) -> None:
     folder, manifest = folder_of(built), read_manifest(built)
     load(built, backend="tensorrt").close()
@@ -568,6 +867,48 @@ def test_a_check_that_fails_takes_an_earlier_permission_back(built: Path) -> Non
         check_engines(built, manifest, folder, "tensorrt", 1e-4, backend=Zeros())
     with pytest.raises(ArtifactError, match="never compared"):
         load(built, backend="tensorrt")
+
+
+@pytest.mark.parametrize("name", ["golden/bucket_01.safetensors", "model/node_map.json"])
+def test_a_check_holds_engines_to_nothing_that_is_not_the_manifests(
+    built: Path, name: str
+) -> None:
+    folder, manifest = folder_of(built), read_manifest(built)
+    (built / name).write_bytes((built / name).read_bytes() + b" ")
+    with pytest.raises(ArtifactError, match=name) as caught:
+        check_engines(built, manifest, folder, "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A004"
+    with pytest.raises(ArtifactError, match="never compared"):
+        load(built, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input.x": np.zeros((9, 16, 8), np.float32)}, r"float32\[9, 16, 8\], the manifest"),
+        ({"input.t": np.zeros(2)}, r"input t float64\[2\], the manifest says float32\[2\]"),
+        ({"input.label": None}, r"as input label nothing, the manifest says int64\[2\]"),
+        ({"input.more": np.zeros(2)}, r"input more float64\[2\], the manifest says nothing"),
+        ({"output.output": None, "output.o": np.zeros(2)}, r"output\.o.*expected inputs and"),
+    ],
+)
+def test_golden_inputs_that_do_not_fit_the_engines_are_refused_before_they_are_copied(
+    built: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = built / "golden/bucket_02.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    manifest = dataclasses.replace(read_manifest(built), files=hash_files(built))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        check_engines(built, manifest, folder_of(built), "tensorrt", 1e-4)
+    assert caught.value.code == "DCR-A004"
+
+
+def test_a_map_of_nodes_of_another_form_is_refused_in_words(built: Path) -> None:
+    (built / "model/node_map.json").write_text("[1]")
+    manifest = dataclasses.replace(read_manifest(built), files=hash_files(built))
+    with pytest.raises(ArtifactError, match=r"node_map\.json cannot be read: expected"):
+        check_engines(built, manifest, folder_of(built), "tensorrt", 1e-4)
 
 
 def test_a_build_reads_no_graph_that_is_not_the_manifests(out: Path, device: Any) -> None:

@@ -155,7 +155,7 @@ def test_the_verbs_of_the_device_validate_examine_build_and_check(device: Path) 
     assert "DCR-A001" in done.stderr
     done = python(device, pyz, "check", path=paths)
     assert done.returncode == 7
-    assert "has no engines for Orin, SM87" in done.stderr
+    assert "has no engines for Orin (8 GB), SM87" in done.stderr
     done = python(device, pyz, "build", "--mode", "profiles", path=paths)
     assert done.returncode == 0, done.stderr
     assert "the engines may be used" in done.stdout

@@ -1,13 +1,15 @@
-"""Which device this is, as engines are kept apart by: its name, its compute capability, its TensorRT."""
+"""Which device this is, as engines are kept apart by: its name, compute capability, TensorRT, board and memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffcr_compile.device_state import board_model
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
 
 # Name of a runtime -> the Python module that it comes as.
@@ -24,12 +26,17 @@ class Device:
         sm: compute capability as an integer, 87 for 8.7.
         runtime: ``tensorrt`` or ``tensorrt-rtx``.
         version: of the runtime, such as ``10.3.0``.
+        board: such as ``NVIDIA Jetson AGX Orin Developer Kit``; "" where the system names none. Every module
+            of a generation has the same name and compute capability for CUDA.
+        memory_gb: of the device, rounded; modules of one board differ in it. 0 for a build without a GPU.
     """
 
     name: str
     sm: int
     runtime: str
     version: str
+    board: str = ""
+    memory_gb: int = 0
 
     @property
     def folder(self) -> str:
@@ -38,7 +45,27 @@ class Device:
         return f"{name}_sm{self.sm}_{_SHORT[self.runtime]}{self.version}"
 
     def __str__(self) -> str:
-        return f"{self.name}, SM{self.sm}, {self.runtime} {self.version}"
+        memory = f"{self.memory_gb} GB" if self.memory_gb else ""
+        more = ", ".join(filter(None, (self.board, memory)))
+        name = f"{self.name} ({more})" if more else self.name
+        return f"{name}, SM{self.sm}, {self.runtime} {self.version}"
+
+    def differs_from(self, here: Device) -> str:
+        """What of `here` is other than where an engine was built, in words; "" if it may run there."""
+        if (self.runtime, self.version) != (here.runtime, here.version):
+            return f"{here.runtime} {here.version}"
+        if self.sm != here.sm:
+            return f"SM{here.sm}"
+        if self.name != here.name:
+            return f"the name {here.name}"
+        if self.board != here.board:
+            return f"the board {here.board or 'without a name'}"
+        return "" if same_memory(self.memory_gb, here.memory_gb) else f"{here.memory_gb} GB"
+
+
+def same_memory(built_gb: int, here_gb: int) -> bool:
+    """Whether two rounded sizes may be of one module: a system takes a little more or less of it for itself."""
+    return abs(built_gb - here_gb) <= 1
 
 
 def tensorrt_module(runtime: str = "tensorrt") -> ModuleType:
@@ -70,13 +97,23 @@ def version_of(trt: Any) -> str:
     return str(trt.__version__)
 
 
-def this_device(trt: Any, cuda: Any, runtime: str = "tensorrt") -> Device:
+def this_device(
+    trt: Any, cuda: Any, runtime: str = "tensorrt", root: Path = Path("/")
+) -> Device:
     """The device that CUDA uses.
 
     Args:
         trt: the module of the runtime.
         cuda: a :class:`diffcr_compile.runtime.cuda_api.Cuda`.
         runtime: its name.
+        root: below which the file lies that names the board.
     """
     facts = cuda.device_facts()
-    return Device(name=facts.name, sm=facts.sm, runtime=runtime, version=version_of(trt))
+    return Device(
+        name=facts.name,
+        sm=facts.sm,
+        runtime=runtime,
+        version=version_of(trt),
+        board=board_model(root),
+        memory_gb=round(facts.total_bytes / 1e9),
+    )

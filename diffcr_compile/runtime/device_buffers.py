@@ -18,14 +18,19 @@ class TensorBuffers:
 
     Args:
         cuda: what allocates.
-        sizes: tensor -> bytes.
+
+    Attributes:
+        addresses: tensor -> where its buffer is.
     """
 
-    def __init__(self, cuda: Cuda, sizes: Mapping[str, int]) -> None:
+    def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self.addresses: dict[str, int] = {}
+
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Make the buffers, tensor -> bytes; if one does not fit, those that did are there to be closed."""
         for name, size in sizes.items():
-            self.addresses[name] = cuda.allocate(size)
+            self.addresses[name] = self._cuda.allocate(size)
 
     def close(self) -> None:
         """Give the memory back."""

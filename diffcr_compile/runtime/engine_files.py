@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffcr_compile.durable import write_json_atomic
+from diffcr_compile.durable import force_folder, write_json_atomic
 from diffcr_compile.engine_plan import EnginePlan
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, sha256_file
@@ -24,8 +24,10 @@ from diffcr_compile.runtime.device import MODULES, Device
 ENGINES = "engines"
 SIDECAR = "engine.json"
 OK_FILE = "engine.ok.json"
-SIDECAR_VERSION = 2
+# 3: also which board, and how much memory; an older sidecar does not say where its engines may run
+SIDECAR_VERSION = 3
 MAX_SIDECAR_BYTES = 1 << 24
+_OTHER_BYTES = "was changed: its sha256 is not the one in its sidecar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Sidecar:
         settings: of the build.
         ahead_of_time: whether no such device was there when they were built.
         created: ISO date and time, UTC.
+        sha256: of the file that all this was read from; "" if it was not read.
     """
 
     device: Device
@@ -62,6 +65,7 @@ class Sidecar:
     settings: Mapping[str, Any]
     ahead_of_time: bool
     created: str
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         names = sorted(engine.name for engine in self.plan.engines)
@@ -92,31 +96,75 @@ def read_plan_file(path: Path) -> PlanFile:
     return PlanFile(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
-def made_from(manifest: Manifest) -> str:
-    """One hash of all graphs and their weights, as the manifest lists them."""
-    graphs = sorted(
-        (name, entry["sha256"])
-        for name, entry in manifest.files.items()
-        if name.startswith("onnx/")
+def graphs_hash(manifest: Manifest) -> str:
+    """One hash of all graphs and their weights, as the manifest lists them: what a plan depends on."""
+    return _hash(
+        sorted(
+            (name, entry["sha256"])
+            for name, entry in manifest.files.items()
+            if name.startswith("onnx/")
+        )
     )
-    return hashlib.sha256(json.dumps(graphs).encode()).hexdigest()
+
+
+def made_from(manifest: Manifest) -> str:
+    """One hash of all that engines of an artifact must agree with: which graph a timestep bucket runs, too.
+
+    The same graphs under another schedule give other engines to a bucket, though no file differs.
+    """
+    buckets = [
+        [row[key] for key in ("index", "low", "high", "onnx")] for row in manifest.buckets
+    ]
+    shared = [
+        [row[key] for key in ("onnx", "buckets", "kept_inputs")]
+        for row in manifest.profile_graphs
+    ]
+    tensors = [
+        [[row[key] for key in ("name", "dtype", "shape")] for row in rows]
+        for rows in (manifest.inputs, manifest.outputs)
+    ]
+    calls = [manifest.schedule, manifest.timestep_input]
+    return _hash([graphs_hash(manifest), buckets, shared, tensors, calls])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def take_ok_back(folder: Path) -> None:
+    """Nothing in the folder may be used from here on, also if this process or the power ends next."""
+    if (folder / OK_FILE).is_file():
+        (folder / OK_FILE).unlink()
+        force_folder(folder)
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
     """Write ``engine.json``; what was said about earlier engines there no longer holds."""
-    (folder / OK_FILE).unlink(missing_ok=True)
+    take_ok_back(folder)
     write_json_atomic(folder / SIDECAR, sidecar.to_json())
 
 
-def write_ok(folder: Path, rows: Sequence[Mapping[str, Any]], checked: str) -> None:
+def write_ok(
+    folder: Path, sidecar: Sidecar, rows: Sequence[Mapping[str, Any]], checked: str
+) -> None:
     """Write ``engine.ok.json``: every profile gave the golden outputs.
 
     Args:
         folder: of the engines.
+        sidecar: of the engines that gave them, as it was read before.
         rows: one per timestep bucket, with its figures.
         checked: ISO date and time, UTC.
+
+    Raises:
+        ArtifactError: another sidecar lies there by now.
     """
-    content = {"sidecar_sha256": sha256_file(folder / SIDECAR), "checked": checked}
+    if _read_json(folder / SIDECAR)[1] != sidecar.sha256:
+        raise ArtifactError(
+            f"{folder / SIDECAR} was changed while its engines were compared with the golden outputs: what lies "
+            "there now is unchecked. Let builds end first, then run the check again.",
+            code="DCR-A011",
+        )
+    content = {"sidecar_sha256": sidecar.sha256, "checked": checked}
     write_json_atomic(folder / OK_FILE, {**content, "buckets": [dict(r) for r in rows]})
 
 
@@ -126,9 +174,12 @@ def read_sidecar(folder: Path) -> Sidecar:
     Raises:
         ArtifactError: there is none, or it is damaged.
     """
-    data = _read_json(folder / SIDECAR)
+    data, digest = _read_json(folder / SIDECAR)
     if data.get("sidecar_version") != SIDECAR_VERSION:
-        raise _damaged(folder, f"its version is {str(data.get('sidecar_version'))[:40]!r}")
+        found = str(data.get("sidecar_version"))[:40]
+        raise _damaged(
+            folder, f"its version is {found!r}, this runtime reads {SIDECAR_VERSION}"
+        )
     try:
         return Sidecar(
             device=_device(data["device"]),
@@ -138,6 +189,7 @@ def read_sidecar(folder: Path) -> Sidecar:
             settings=dict(data["settings"]),
             ahead_of_time=bool(data["ahead_of_time"]),
             created=str(data["created"]),
+            sha256=digest,
         )
     except ArtifactError as error:
         raise _damaged(folder, error.message) from error
@@ -145,12 +197,11 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
-def is_checked(folder: Path) -> bool:
-    """Whether ``engine.ok.json`` is there and is about the sidecar that lies beside it."""
+def is_checked(folder: Path, sidecar: Sidecar) -> bool:
+    """Whether ``engine.ok.json`` is there and is about the sidecar that was read."""
     if not (folder / OK_FILE).is_file():
         return False
-    found = _read_json(folder / OK_FILE)
-    return bool(found.get("sidecar_sha256") == sha256_file(folder / SIDECAR))
+    return bool(_read_json(folder / OK_FILE)[0].get("sidecar_sha256") == sidecar.sha256)
 
 
 def check_plans(folder: Path, sidecar: Sidecar) -> None:
@@ -158,16 +209,49 @@ def check_plans(folder: Path, sidecar: Sidecar) -> None:
     for engine, file in sidecar.files.items():
         path = folder / plan_file(engine)
         if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != file.bytes:
-            problem = f"has {path.stat().st_size} bytes, its sidecar says {file.bytes}: truncated or replaced"
-        elif sha256_file(path) != file.sha256:
-            problem = "was changed: its sha256 is not the one in its sidecar"
-        else:
-            continue
-        raise ArtifactError(
-            f"{path} {problem}. {rebuild(folder.parent.parent)}", code="DCR-A011"
+            raise _wrong_plan(path, "is missing")
+        _check_plan(path, path.stat().st_size, file)
+        if sha256_file(path) != file.sha256:
+            raise _wrong_plan(path, _OTHER_BYTES)
+
+
+def read_plan(folder: Path, sidecar: Sidecar, engine: str, verify: bool = True) -> bytes:
+    """The bytes of a plan, compared with the sidecar after they were read: nothing can come between.
+
+    Args:
+        folder: of the engines.
+        sidecar: of them.
+        engine: its name.
+        verify: compare the hash too, not the size alone.
+
+    Raises:
+        ArtifactError: the plan is missing or is not the one that the sidecar describes.
+    """
+    path, file = folder / plan_file(engine), sidecar.files[engine]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise _wrong_plan(path, "is missing") from None
+    except OSError as error:
+        raise _wrong_plan(path, f"cannot be read: {error.strerror or error}") from error
+    _check_plan(path, len(data), file)
+    if verify and hashlib.sha256(data).hexdigest() != file.sha256:
+        raise _wrong_plan(path, _OTHER_BYTES)
+    return data
+
+
+def _check_plan(path: Path, size: int, file: PlanFile) -> None:
+    """Raise ArtifactError unless a plan has the size that its sidecar says."""
+    if size != file.bytes:
+        raise _wrong_plan(
+            path, f"has {size} bytes, its sidecar says {file.bytes}: truncated or replaced"
         )
+
+
+def _wrong_plan(path: Path, problem: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} {problem}. {rebuild(path.parent.parent.parent)}", code="DCR-A011"
+    )
 
 
 def rebuild(artifact: Path) -> str:
@@ -184,6 +268,8 @@ def _device(data: Mapping[str, Any]) -> Device:
         sm=_whole(data["sm"]),
         runtime=str(data["runtime"]),
         version=str(data["version"]),
+        board=str(data["board"]),
+        memory_gb=_whole(data["memory_gb"]),
     )
     if device.runtime not in MODULES:
         raise ValueError(f"the runtime is {device.runtime[:40]!r}")
@@ -200,16 +286,18 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """What a file holds, and the hash of the bytes that say so."""
     try:
         if path.stat().st_size > MAX_SIDECAR_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        whole = path.read_bytes()
+        data = json.loads(whole.decode("utf-8"))
         if not isinstance(data, dict):
             raise TypeError(f"it holds {type(data).__name__}, expected an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path.parent, f"{path.name}: {error}") from error
-    return data
+    return data, hashlib.sha256(whole).hexdigest()
 
 
 def _damaged(folder: Path, why: str) -> ArtifactError:

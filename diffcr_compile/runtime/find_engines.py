@@ -39,10 +39,9 @@ def find_engines(
     if not (folder / SIDECAR).is_file():
         raise none_for(artifact, here)
     sidecar = checked_sidecar(folder, manifest, here, verify)
-    if not is_checked(folder):
-        built = "were built ahead of time and" if sidecar.ahead_of_time else "were"
+    if not is_checked(folder, sidecar):
         raise ArtifactError(
-            f"the engines in {folder} {built} never compared with the golden outputs on a device: "
+            f"the engines in {folder} were never compared with the golden outputs on a device: "
             f"{OK_FILE} is missing or is about other engines. Compare them here: diffcr validate "
             f"{artifact} --level engine. {rebuild(artifact)}",
             code="DCR-A013",
@@ -56,18 +55,23 @@ def checked_sidecar(
     """The sidecar of engines that belong to the artifact and to this device, checked or not.
 
     Raises:
-        ArtifactError: as :func:`find_engines`, but for ``engine.ok.json``.
+        ArtifactError: as :func:`find_engines`, but for ``engine.ok.json``; or they were built ahead of time.
     """
     artifact = folder.parent.parent
     sidecar = read_sidecar(folder)
-    if sidecar.device.version != here.version or sidecar.device.runtime != here.runtime:
-        raise _of_another(folder, sidecar, here, f"{here.runtime} {here.version}")
-    if sidecar.device.sm != here.sm:
-        raise _of_another(folder, sidecar, here, f"SM{here.sm}")
+    if sidecar.ahead_of_time:
+        raise ArtifactError(
+            f"the engines in {folder} were built ahead of time and never compared with the golden outputs on "
+            f"the device that built them: there was none. They show that the graphs build. {rebuild(artifact)}",
+            code="DCR-A013",
+        )
+    differs = sidecar.device.differs_from(here)
+    if differs:
+        raise _of_another(folder, sidecar, here, differs)
     if sidecar.made_from != made_from(manifest):
         raise ArtifactError(
-            f"the engines in {folder} were made of other graphs or weights than this artifact's. "
-            f"{rebuild(artifact)}",
+            f"the engines in {folder} were made of other graphs or weights than this artifact's, or for other "
+            f"timestep buckets, kept tokens, inputs or outputs. {rebuild(artifact)}",
             code="DCR-A012",
         )
     buckets = sum(len(p.buckets) for e in sidecar.plan.engines for p in e.profiles)

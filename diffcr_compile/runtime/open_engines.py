@@ -37,7 +37,8 @@ def open_engines(
         ResourceError: the device has too little memory.
     """
     trt, cuda, here = open_device(runtime)
-    folder, sidecar = find_engines(artifact, manifest, here, verify)
+    # where all plans are read at once, each is hashed as it is read; hashing them before would be the same twice
+    folder, sidecar = find_engines(artifact, manifest, here, verify and swap)
     return TensorRTBackend(
         artifact,
         manifest,
@@ -47,6 +48,7 @@ def open_engines(
         cuda,
         swap=swap,
         cuda_graphs=cuda_graphs,
+        verify=verify,
     )
 
 

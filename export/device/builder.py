@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffcr_compile.durable import PARTIAL_SUFFIX
 from diffcr_compile.engine_plan import EnginePlan, plan_engines
-from diffcr_compile.errors import ArtifactError, UsageError
+from diffcr_compile.errors import ArtifactError
 from diffcr_compile.export.device.job import BuildJob, BuildSettings, job_key
 from diffcr_compile.export.device.processes import build_in_process
-from diffcr_compile.export.device.trtexec import UNCHECKED
+from diffcr_compile.export.device.trtexec import (
+    BOARD_FILE,
+    MADE_FROM_FILE,
+    MODE_FILE,
+    UNCHECKED,
+)
+from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
 from diffcr_compile.runtime.device import Device
 from diffcr_compile.runtime.engine_files import (
     ENGINES,
     PlanFile,
     Sidecar,
+    graphs_hash,
     made_from,
     plan_file,
     read_plan_file,
+    take_ok_back,
     write_sidecar,
 )
 
@@ -69,18 +75,17 @@ def build_engines(
 
     Raises:
         ArtifactError: a graph or the weights are not those of the manifest.
-        UsageError: another build is at work in the same folder.
-        ResourceError: a build was killed.
+        UsageError: another build or check is at work in the same folder.
+        ResourceError: a build was killed, or the folder cannot be written.
         UnsupportedModelError: TensorRT refuses a graph.
     """
     verify_artifact(artifact, manifest, only=("onnx",))
     folder = artifact / ENGINES / device.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
             leftover.unlink()
         files, kept = _build_each(
-            artifact, made_from(manifest), plan, folder, device, settings, progress
+            artifact, graphs_hash(manifest), plan, folder, device, settings, progress
         )
         sidecar = Sidecar(
             device=device,
@@ -122,21 +127,10 @@ def _build_each(
         found = job.finished()
         if found is not None:
             kept.append(spec.name)
+        else:
+            take_ok_back(folder)  # before the first plan is another one, not when all are
         files[spec.name] = found or build_in_process(job, _named(progress, spec.name))
     return files, tuple(kept)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else builds into the folder; the lock goes with the process."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"another build is at work in {folder}; wait for it", code="DCR-U017"
-            ) from None
-        yield
 
 
 def _remove_others(folder: Path, names: Collection[str]) -> None:
@@ -155,27 +149,59 @@ def adopt_unchecked(artifact: Path, manifest: Manifest, device: Device) -> Built
         None if it built nothing.
 
     Raises:
-        ArtifactError: engines are missing or damaged.
+        ArtifactError: engines are missing or damaged, or were built by the script of another artifact
+            or on another board.
+        UsageError: a build or a check is at work in the folder of this device.
     """
     source = artifact / UNCHECKED
-    if not (source / "mode").is_file():
+    if not (source / MODE_FILE).is_file():
         return None
-    mode, _, layout = (source / "mode").read_text(encoding="utf-8").strip().partition(" ")
+    _check_origin(source, manifest, device)
+    mode, _, layout = _written(source / MODE_FILE).partition(" ")
     plan = plan_engines(manifest, mode, layout)  # type: ignore[arg-type]  # it refuses other words
     names = [plan_file(spec.name) for spec in plan.engines]
     for name in names:
         _check_sum(source / name)
     folder = artifact / ENGINES / device.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        _put(source / name, folder / name)
-    files = {spec.name: read_plan_file(folder / plan_file(spec.name)) for spec in plan.engines}
-    settings = {"built_by": "trtexec"}
-    sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
-    write_sidecar(folder, sidecar)
-    _remove_others(folder, files)
-    (source / "mode").unlink()
+    with locked(folder):
+        take_ok_back(folder)
+        for name in names:
+            _put(source / name, folder / name)
+        files = {s.name: read_plan_file(folder / plan_file(s.name)) for s in plan.engines}
+        settings = {"built_by": "trtexec"}
+        sidecar = Sidecar(device, made_from(manifest), plan, files, settings, False, _now())
+        write_sidecar(folder, sidecar)
+        _remove_others(folder, files)
+        (source / MODE_FILE).unlink()
     return Built(folder, sidecar, ())
+
+
+def _check_origin(source: Path, manifest: Manifest, device: Device) -> None:
+    """Raise ArtifactError unless the script was written for this artifact and ran on this board."""
+    found = _written(source / MADE_FROM_FILE)
+    if found != made_from(manifest):
+        whose = (
+            f"for the artifact {found[:12]}"
+            if found
+            else "for an artifact that it does not name"
+        )
+        raise ArtifactError(
+            f"{source} was built by a build_on_device.sh {whose}, this one is {made_from(manifest)[:12]}. Run sh "
+            f"build_on_device.sh in {source.parent.parent} again; engines of the same graphs are kept.",
+            code="DCR-A012",
+        )
+    board = _written(source / BOARD_FILE)
+    if board != device.board:
+        raise ArtifactError(
+            f"{source} was built on the board {board or 'without a name'}, this is {device}: an engine runs only "
+            f"where it was built. Run sh build_on_device.sh in {source.parent.parent} here.",
+            code="DCR-A010",
+        )
+
+
+def _written(path: Path) -> str:
+    """What the script wrote into a file, without the end of the line; "" if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
 def _put(source: Path, target: Path) -> None:

@@ -10,13 +10,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from diffcr_compile.errors import AccuracyError
+from diffcr_compile.errors import AccuracyError, ArtifactError
 from diffcr_compile.export.device.builder import adopt_unchecked
 from diffcr_compile.export.device.layer_map import write_layers
 from diffcr_compile.export.golden import read_golden
 from diffcr_compile.export.parity import Parity, compare
-from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.engine_files import ENGINES, OK_FILE, read_sidecar, write_ok
+from diffcr_compile.folder_lock import locked
+from diffcr_compile.manifest import Manifest, verify_artifact
+from diffcr_compile.runtime.complex_inputs import as_graph_tensor, tensor_words
+from diffcr_compile.runtime.engine_files import ENGINES, read_sidecar, take_ok_back, write_ok
 from diffcr_compile.runtime.find_engines import none_for
 from diffcr_compile.runtime.open_engines import open_device, open_unchecked
 
@@ -53,10 +55,14 @@ def compare_with_golden(
         artifact: the artifact's folder.
         manifest: of it.
         tolerance: largest relative L2.
+
+    Raises:
+        ArtifactError: a golden file does not hold the inputs that the manifest says.
     """
     rows = []
     for bucket in manifest.buckets:
         inputs, expected = read_golden(artifact / bucket["golden"])
+        _check_inputs(artifact / bucket["golden"], inputs, manifest)
         runs = [backend.run(bucket["index"], inputs) for _ in range(_RUNS)]
         found = [_row(outputs, expected, tolerance, bucket["index"]) for outputs in runs]
         rows.append(max(found, key=lambda row: (row["non_finite"], row["rel_l2"])))
@@ -82,15 +88,32 @@ def check_engines(
         backend: that runs these engines; None to open them.
 
     Raises:
+        ArtifactError: a golden file, or what belongs to the model, is not the one that the manifest lists.
         AccuracyError: a bucket is further off, or gives NaN or infinite values. There is no
             ``engine.ok.json`` then.
+        UsageError: a build or another check is at work in the folder.
     """
-    (folder / OK_FILE).unlink(missing_ok=True)
+    with locked(folder):  # what is compared is what lies there until it is said to be right
+        return _check_locked(artifact, manifest, folder, runtime, tolerance, backend)
+
+
+def _check_locked(
+    artifact: Path,
+    manifest: Manifest,
+    folder: Path,
+    runtime: str,
+    tolerance: float,
+    backend: Backend | None,
+) -> list[dict[str, Any]]:
+    take_ok_back(folder)
+    # what engines are held to must be the artifact's own, whoever asks for the check
+    verify_artifact(artifact, manifest, only=("golden", "model"))
     opened = open_unchecked(folder, manifest, runtime) if backend is None else None
     try:
+        sidecar = read_sidecar(folder) if opened is None else opened.sidecar
         rows = compare_with_golden(opened or _given(backend), artifact, manifest, tolerance)
         if opened is not None:
-            write_layers(artifact, folder, read_sidecar(folder).plan, opened)
+            write_layers(artifact, folder, sidecar.plan, opened)
     finally:
         if opened is not None:
             opened.close()
@@ -98,7 +121,7 @@ def check_engines(
     if wrong:
         raise _refusal(folder, wrong, len(rows))
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_ok(folder, rows, now)
+    write_ok(folder, sidecar, rows, now)
     return rows
 
 
@@ -117,6 +140,20 @@ def check_here(
     if not folder.is_dir():
         raise none_for(artifact, here)
     return check_engines(artifact, manifest, folder, runtime, tolerance_of(manifest))
+
+
+def _check_inputs(path: Path, inputs: Mapping[str, Array], manifest: Manifest) -> None:
+    """Raise ArtifactError unless golden inputs fill exactly the buffers that an engine reads."""
+    wanted = {spec["name"]: as_graph_tensor(spec) for spec in manifest.inputs}
+    found = {name: (array.shape, array.dtype.name) for name, array in inputs.items()}
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise ArtifactError(
+            f"{path} has as input {name} {tensor_words(found.get(name))}, the manifest says "
+            f"{tensor_words(wanted.get(name))}. Copy the artifact again, or make it anew with diffcr compile.",
+            code="DCR-A004",
+        )
 
 
 def _given(backend: Backend | None) -> Backend:

@@ -36,14 +36,7 @@ def write_layers(artifact: Path, folder: Path, plan: EnginePlan, engines: Inspec
         plan: which engines there are.
         engines: describes them.
     """
-    path = artifact / NODE_MAP
-    try:
-        origins = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}. Copy the artifact again, or make it anew with diffcr compile.",
-            code="DCR-A004",
-        ) from error
+    origins = _origins(artifact / NODE_MAP)
     found = {
         spec.name: list(
             layer_rows(engines.layer_information(spec.name), origins.get(spec.onnx, {}))
@@ -51,6 +44,20 @@ def write_layers(artifact: Path, folder: Path, plan: EnginePlan, engines: Inspec
         for spec in plan.engines
     }
     write_json_atomic(folder / LAYERS_FILE, found)
+
+
+def _origins(path: Path) -> dict[str, dict[str, str]]:
+    """Graph -> ONNX node -> module; nothing if the artifact has no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+            raise TypeError("expected an object of nodes for each graph")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}. Copy the artifact again, or make it anew with diffcr compile.",
+            code="DCR-A004",
+        ) from error
+    return found
 
 
 def layer_rows(information: str, origins: Mapping[str, str]) -> Iterator[dict[str, Any]]:

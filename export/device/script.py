@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffcr_compile.device_state import BOARD_MODEL_FILE
 from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.engine_plan import (
     ENGINE_MODES,
@@ -18,12 +19,15 @@ from diffcr_compile.engine_plan import (
 from diffcr_compile.errors import UsageError
 from diffcr_compile.export.device.job import BuildSettings, job_key
 from diffcr_compile.export.device.trtexec import (
+    BOARD_FILE,
+    MADE_FROM_FILE,
+    MODE_FILE,
     UNCHECKED,
     trtexec_arguments,
     unchecked_plan,
 )
 from diffcr_compile.manifest import Manifest
-from diffcr_compile.runtime.engine_files import made_from
+from diffcr_compile.runtime.engine_files import graphs_hash, made_from
 
 SCRIPT = "build_on_device.sh"
 
@@ -59,17 +63,32 @@ then
 fi
 
 # TensorRT 10 is told that the graph's types count; TensorRT 11 knows nothing else and lacks the option.
+help=$("$trtexec" --help 2>&1 || :)
 typed=
-case "$("$trtexec" --help 2>&1 || :)" in
+case $help in
   *--stronglyTyped*) typed=--stronglyTyped ;;
   *) ;;
 esac
 
+# An engine belongs to one TensorRT and one board: after an update, or on another board, it is built again.
+case $help in
+  *"[TensorRT v"*)
+    version=${{help#*"[TensorRT v"}}
+    version=${{version%%"]"*}}
+    ;;
+  *) version=$(sha256sum <"$(command -v -- "$trtexec")") ;; # it says no version, so the program itself stands for it
+esac
+board=
+if [ -r {model_file} ]; then
+  board=$(tr -d '\\000' <{model_file})
+fi
+
 mkdir -p {folder}
+rm -f -- {folder}/{mode_file} # until all engines of a mode are there, those of another run are not to be taken
 
 # build NAME KEY PLAN ARGUMENT...: run trtexec unless PLAN is whole and was built with the same KEY.
 build() {{
-  name=$1 key=$2 plan=$3
+  name=$1 key="$2, TensorRT $version, ${{board:-no board}}" plan=$3
   shift 3
   if [ -f "$plan.key" ] && [ "$(cat -- "$plan.key")" = "$key" ] &&
     sha256sum --check --status -- "$plan.sha256" 2>/dev/null; then
@@ -100,7 +119,9 @@ build() {{
 """
 
 _TAIL = """\
-printf '%s %s\\n' "$mode" {layout} >{folder}/mode
+printf '%s\\n' "$board" >{folder}/{board_file}
+printf '%s\\n' {made_from} >{folder}/{made_from_file}
+printf '%s %s\\n' "$mode" {layout} >{folder}/{mode_file}
 echo "built. Nothing runs until every timestep bucket gave its golden outputs on this device:"
 echo "  python3 diffcr_runtime.pyz check .        (or: diffcr validate . --level engine)"
 """
@@ -152,7 +173,14 @@ def device_script(
         if name.startswith("onnx/")
     )
     modes = "|".join(plans)
-    head = _HEAD.format(modes=modes, default=default, sums=sums, folder=UNCHECKED)
+    head = _HEAD.format(
+        modes=modes,
+        default=default,
+        sums=sums,
+        folder=UNCHECKED,
+        mode_file=MODE_FILE,
+        model_file=f"/{BOARD_MODEL_FILE}",
+    )
     cases = ["case $mode in"]
     for mode, plan in plans.items():
         cases += [f"  {mode})", *_calls(plan, manifest, settings), "    ;;"]
@@ -164,7 +192,15 @@ def device_script(
         "esac",
         "",
     ]
-    return head + "\n".join(cases) + _TAIL.format(folder=UNCHECKED, layout=layout)
+    tail = _TAIL.format(
+        folder=UNCHECKED,
+        layout=layout,
+        made_from=made_from(manifest),
+        board_file=BOARD_FILE,
+        made_from_file=MADE_FROM_FILE,
+        mode_file=MODE_FILE,
+    )
+    return head + "\n".join(cases) + tail
 
 
 def _plans(manifest: Manifest, layout: ProfileLayout) -> dict[EngineMode, EnginePlan]:
@@ -188,7 +224,7 @@ def _call(spec: EngineSpec, manifest: Manifest, settings: BuildSettings) -> str:
         for argument in trtexec_arguments(spec, settings, "")
         if not argument.startswith("--saveEngine=")
     ]
-    key = job_key(made_from(manifest), [list(arguments)])
+    key = job_key(graphs_hash(manifest), [list(arguments)])
     words = [shlex.quote(word) for word in (spec.name, key, unchecked_plan(spec))]
     lines = [f"    build {' '.join(words)}"]
     for argument in arguments:  # a line for the graph and one for each profile

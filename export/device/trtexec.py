@@ -11,6 +11,11 @@ from diffcr_compile.runtime.engine_files import plan_file
 
 # Where trtexec writes; ``check`` moves what passes to the folder of the device.
 UNCHECKED = "engines/unchecked"
+# Beside the engines there: where they were built, which artifact the script was written for and, last of all, the
+# mode that is whole.
+BOARD_FILE = "board"
+MADE_FROM_FILE = "made_from"
+MODE_FILE = "mode"
 
 
 def trtexec_arguments(spec: EngineSpec, settings: BuildSettings, plan: str) -> list[str]:

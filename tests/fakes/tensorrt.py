@@ -4,7 +4,8 @@ An engine is the ONNX model with its weights inside and a line about the build. 
 is demanded: the same version, a profile, shapes, scratch memory of the right size, every address.
 
 FAKE_TRT_VERSION names the version; FAKE_TRT_KILL names an ONNX file during whose build the process is
-killed, FAKE_TRT_WRONG one whose engine computes something else.
+killed, FAKE_TRT_WRONG one whose engine computes something else. FAKE_TRT_OUTPUT_TOKENS leaves the second
+axis of outputs open in engines, and is its size in contexts.
 """
 
 from __future__ import annotations
@@ -287,6 +288,13 @@ class _Engine:
     def get_tensor_dtype(self, name: str) -> str:
         return _TYPES[(self.inputs | self.outputs)[name].type]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape = (self.inputs | self.outputs)[name].shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        if name in self.outputs and "FAKE_TRT_OUTPUT_TOKENS" in os.environ:
+            sizes[1] = -1
+        return tuple(sizes)
+
     def create_engine_inspector(self) -> _Inspector:
         return _Inspector(self.facts)
 
@@ -352,6 +360,12 @@ class _Context:
             return False
         low, _, high = bounds
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        known = self.shapes.get(name, self.engine.get_tensor_shape(name))
+        return tuple(
+            int(os.environ["FAKE_TRT_OUTPUT_TOKENS"]) if size == -1 else size for size in known
+        )
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0

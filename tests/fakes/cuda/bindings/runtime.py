@@ -27,6 +27,7 @@ class State:
     """What the device holds; tests read and reset it."""
 
     total: int = 8_000_000_000
+    taken: int = 0  # by other processes
     allocations: dict[int, ctypes.Array[Any]] = dataclasses.field(default_factory=dict)
     peak: int = 0
     streams: set[int] = dataclasses.field(default_factory=set)
@@ -83,11 +84,11 @@ def cudaGetDeviceProperties(device: int) -> tuple[int, Properties]:
 
 
 def cudaMemGetInfo() -> tuple[int, int, int]:
-    return 0, state.total - state.used, state.total
+    return 0, state.total - state.used - state.taken, state.total
 
 
 def cudaMalloc(size: int) -> tuple[int, int]:
-    if size > state.total - state.used:
+    if size > state.total - state.used - state.taken:
         return 2, 0
     address = (1 << 20) + sum(len(b) + 512 for b in state.allocations.values())
     while any(s - size - 256 < address < s + len(b) for s, b in state.allocations.items()):

@@ -124,7 +124,24 @@ def flop_counter() -> FlopCounterMode:
     """Counts floating-point operations, two per MAC, on real or fake tensors."""
     # The fused attention of the CPU is missing in torch's registry.
     fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={fused_cpu: _attention_flops})
+    return _OpByOp(display=False, custom_mapping={fused_cpu: _attention_flops})
+
+
+class _OpByOp(FlopCounterMode):
+    """While it counts, torch's own attention and encoder layers run op by op.
+
+    In evaluation they are one fused op each, of which the counter knows nothing: 0 MACs.
+    """
+
+    def __enter__(self) -> _OpByOp:
+        self._had_fast_path = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
+        super().__exit__(*failure)  # type: ignore[no-untyped-call]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -41,6 +41,7 @@ from diffcr_compile.errors import (
     one_line,
 )
 from diffcr_compile.fold import fold_constants
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.outputs import OutputForm, OutputForms
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
 from diffcr_compile.signature import (
@@ -321,6 +322,7 @@ def _quiet_export(
         contextlib.redirect_stdout(io.StringIO()),
         torch.no_grad(),
         AliasesOfData(),
+        kept_caches(model),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(

@@ -34,6 +34,7 @@ from diffcr_compile.blocks import (
     show_path,
 )
 from diffcr_compile.candidates import block_candidates, inner_candidates, shapes
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.parts import PartFindings, find_parts, part_candidates
 from diffcr_compile.recorded import (
     Call,
@@ -180,7 +181,7 @@ def find_blocks(
         examiner: how candidates are looked at; inputs must then have two samples if they can.
         granularity: whole blocks, or token-wise parts of them, or the second where the first is refused.
     """
-    with torch.no_grad():
+    with kept_caches(model), torch.no_grad():
         if examiner is None:
             args, kwargs = two_samples(model, args, kwargs)
         examiner = examiner or Examiner()

@@ -20,6 +20,7 @@ from diffcr_compile.cut import cut_arguments
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, selector_name, tensor_args
 from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
@@ -92,7 +93,13 @@ def measure_costs(
     interpreter = _BlockCounter(program, levels, counter)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with forgotten_failures(), mode, torch.no_grad(), counter:
+        with (
+            kept_caches(program.module),
+            forgotten_failures(),
+            mode,
+            torch.no_grad(),
+            counter,
+        ):
             interpreter.run(
                 *(mode.from_tensor(t) for t in tensor_args(program, program.example))
             )

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffcr_compile.blocks import leaves, map_leaves
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import map_batched
 
 # (name of a block, its (args, kwargs), its output) -> what it returns instead
@@ -93,13 +94,18 @@ def check_static(module: nn.Module, call: Call) -> None:
     if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(call.tree)):
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = map_leaves(
-        call.tree, lambda _, leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
-    )
     try:
-        with mode, torch.no_grad():
-            module(*args, **kwargs)
+        with kept_caches(module, mode):
+            _run_fake(module, call, mode)
     except DATA_DEPENDENT as error:
         raise IllegalError(needs_values(error)) from error
     except Exception:  # noqa: BLE001 - what else is wrong, the experiments say
         return
+
+
+def _run_fake(module: nn.Module, call: Call, mode: FakeTensorMode) -> None:
+    args, kwargs = map_leaves(
+        call.tree, lambda _, leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+    )
+    with mode, torch.no_grad():
+        module(*args, **kwargs)

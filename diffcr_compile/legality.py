@@ -382,7 +382,9 @@ def examine(
     unread = frozenset(
         path
         for path, leaf in leaves(call.output)
-        if is_float(leaf) and path not in pairs and not moved.outside.is_read(name, path)
+        if isinstance(leaf, Tensor)
+        and (path not in pairs or not is_float(leaf))
+        and not moved.outside.is_read(name, path)
     )
     trial = Trial(module, call, axis, output, num_tokens, unread)
     wanted = _alike(known, call, stream) or ()

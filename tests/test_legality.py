@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import diffcr_compile as dcr
 from diffcr_compile.blocks import BlockSpec, TokenAxis
 from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError
@@ -527,6 +529,68 @@ def test_a_row_of_blocks_is_opened_and_a_block_with_more_in_it_is_not(own: bool)
     inner = [f"blocks.{i}.blocks.{j}" for i in range(2) for j in range(2)]
     assert _names(found.blocks) == (["blocks.0", "blocks.1"] if own else inner)
     assert found.refused == ()
+
+
+class Counting(Block):
+    """Tokens with a position each; what becomes of the positions is an option."""
+
+    def __init__(self, returns: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.table, self.returns = nn.Embedding(40, 16), returns
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, condition: Tensor, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = super().forward(x + self.table(ids) * mask[..., None], condition)
+        kinds = {
+            "next": ids + 1,
+            "itself": ids,
+            "mask": (mask > 0) & (ids >= 0),
+            "size": mask.sum(),
+        }
+        return x, kinds[self.returns]
+
+
+class CountingDiT(models.OwnDiT):
+    """What a block returns beside its stream goes on to the next block, or nowhere."""
+
+    def __init__(self, returns: str, reads: bool) -> None:
+        super().__init__(block=functools.partial(Counting, returns), side=4)
+        self.reads = reads
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        ids = torch.arange(16).expand(len(x), -1)
+        mask = torch.ones(len(x), 16)
+        for block in self.blocks:
+            tokens, other = block(tokens, condition, ids, mask)
+            if self.reads and other.shape == ids.shape:
+                ids, mask = (other, mask) if other.dtype == ids.dtype else (ids, other)
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize(
+    ("returns", "reads", "reason"),
+    [
+        ("next", True, "permuting its image tokens does not permute its output"),
+        ("mask", True, "its output[1] has shape (2, 8) on 8 of 16 tokens and (2, 16) on all"),
+        ("next", False, None),
+        ("mask", False, None),
+        ("itself", True, None),  # the graph takes the input
+        ("size", False, None),
+    ],
+)
+def test_whole_numbers_that_a_block_returns_are_looked_at(
+    returns: str, reads: bool, reason: str | None
+) -> None:
+    model, inputs = CountingDiT(returns, reads).eval(), models.inputs_for(4)
+    found = find_blocks(model, (), inputs, granularity="block")
+    if reason is not None:
+        assert reason in {r.block: r.reason for r in found.refused}["blocks.0"]
+        return
+    assert _names(found.blocks) == ["blocks.0", "blocks.1"]
+    frozen = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.5)
+    assert frozen[0](**inputs).shape == model(**inputs).shape
 
 
 def test_describe_is_one_line_with_the_roles() -> None:

@@ -370,6 +370,8 @@ def examine(
             f"it is called {len(calls)} times per forward; a routed block runs once"
         )
     call = calls[0]
+    if call.fault:
+        raise IllegalError(call.fault)
     pairs = moved.pairs if moved is not None else None
     if pairs is None and moved is not None:
         pairs = residual_pairs(module, call)

@@ -19,7 +19,7 @@ from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves,
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import one_line
 from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
-from diffcr_compile.recorded import Call, IllegalError
+from diffcr_compile.recorded import Call, IllegalError, fresh
 from diffcr_compile.residual import SHRINK, gain, noise, shrink
 from diffcr_compile.routing import gather_tokens
 
@@ -116,7 +116,7 @@ class Trial:
             return self._plain(tree)
 
     def _plain(self, tree: Any) -> Any:
-        args, kwargs = tree
+        args, kwargs = fresh(tree)
         return self.block(*args, **kwargs)
 
     def has_own_residual(self) -> bool:
@@ -206,6 +206,11 @@ class Trial:
             failure = self.failure(aligned)
             if failure is None:
                 return self._without_needless(aligned)
+            if len(tried) == 1 and self._is_random():
+                raise IllegalError(
+                    "it is random, also in evaluation mode: two runs on equal inputs differ. Give "
+                    "dropout training=self.training, and take noise as an input"
+                )
             if len(tried) == 1 and self.wide:  # hundreds may follow, nearly all of them wrong
                 with contextlib.suppress(Exception):  # only what is slower then
                     self.rough = self._plain(self.tree)
@@ -269,6 +274,11 @@ class Trial:
             if not error <= SURELY_WRONG:
                 return error
         return self._error(self._run(tree), self.reference, order)
+
+    def _is_random(self) -> bool:
+        """Whether one more run on the same inputs gives something else."""
+        order = torch.arange(self.num_tokens).expand(self.batch, -1)
+        return not self._error(self._run(self.tree), self.reference, order) <= self.allowed
 
     def _error(self, found: Any, reference: Any, order: Tensor) -> float:
         expected = map_leaves(reference, lambda p, leaf: self._permuted(p, leaf, order))

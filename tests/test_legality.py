@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 
 import diffcr_compile as dcr
 from diffcr_compile.blocks import BlockSpec, TokenAxis
@@ -591,6 +592,87 @@ def test_whole_numbers_that_a_block_returns_are_looked_at(
     assert _names(found.blocks) == ["blocks.0", "blocks.1"]
     frozen = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.5)
     assert frozen[0](**inputs).shape == model(**inputs).shape
+
+
+class InPlace(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        x += super().forward(x, condition).sin()
+        return x
+
+
+class Dropping(Block):
+    """Dropout as a function is on unless it is told otherwise."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(functional.dropout(x, 0.1), condition)
+
+
+class Noisy(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, condition) + 0.1 * torch.randn_like(x)
+
+
+class Pushing(Block):
+    """The first half of a U: what it returns waits in a list for the second half."""
+
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        x = super().forward(x, condition)
+        skips.append(x)
+        return x
+
+
+class Popping(Block):
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(x + skips.pop(), condition)
+
+
+class ListDiT(models.OwnDiT):
+    def __init__(self) -> None:
+        super().__init__(side=4)
+        kinds = (Pushing, Pushing, Popping, Popping)
+        self.blocks = nn.ModuleList(kind(width=16) for kind in kinds)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        skips: list[Tensor] = []
+        for block in self.blocks:
+            tokens = block(tokens, condition, skips)
+        return self.image(tokens)
+
+
+BAD_HABITS = {
+    "it writes to its input args[0] in place": lambda: models.OwnDiT(block=InPlace, side=4),
+    "it is random, also in evaluation mode": lambda: models.OwnDiT(block=Dropping, side=4),
+    "it is random, also": lambda: models.OwnDiT(block=Noisy, side=4),
+    "it changes a list or a dict that it is given": ListDiT,
+}
+
+
+@pytest.mark.parametrize("reason", BAD_HABITS)
+def test_what_a_block_does_besides_computing_is_the_reason(reason: str) -> None:
+    model, inputs = BAD_HABITS[reason]().eval(), models.inputs_for(4)
+    findings = find_blocks(model, (), inputs)
+    assert findings.refused
+    for refusal in findings.refused:
+        assert reason in refusal.reason
+    planned = dcr.inspect(model, inputs).refused
+    assert set(planned) == {refusal.block for refusal in findings.refused}
+    assert all(reason in words for words in planned.values())
+
+
+class ChangingDiT(models.OwnDiT):
+    """Writes to its own input; the blocks do nothing of the kind."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5), t.mul_(0.5))
+
+
+def test_the_example_is_not_written_to() -> None:
+    inputs = models.inputs_for(4)
+    routed = dcr.route(ChangingDiT(side=4).eval(), inputs)
+    assert len(routed.program.blocks) == 2
+    for found, given in zip(inputs.values(), models.inputs_for(4).values(), strict=True):
+        assert torch.equal(found, given)
 
 
 def test_describe_is_one_line_with_the_roles() -> None:

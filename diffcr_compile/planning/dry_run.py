@@ -236,6 +236,9 @@ class _OnePerStructure(Examiner):
         moved: Moved | None,
         known: Sequence[BlockSpec],
     ) -> BlockSpec:
+        fault = self.seen.calls[name][0].fault if name in self.seen.calls else None
+        if fault:  # what stands in for a block does nothing to its arguments
+            raise IllegalError(fault)
         if len(calls) != 1 or moved is None:
             return examine(name, module, calls, moved, known)  # refuses it without a run
         key, axes, num_tokens = self._key(name, calls[0], moved)

@@ -18,7 +18,7 @@ from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.macs import flop_counter
 from diffcr_compile.planning.copies import to_fake
 from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
-from diffcr_compile.recorded import Call
+from diffcr_compile.recorded import Call, Given
 from diffcr_compile.views import shown
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
@@ -66,9 +66,11 @@ class FakeRun:
 
     def _watch(self, name: str) -> Iterator[Any]:
         flops = 0
+        given = Given((), {})
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal flops
+            nonlocal flops, given
+            given = Given(args, kwargs)
             flops = self.counter.get_total_flops()
             self.trace.start(module, (args, kwargs), self.contents[name])
 
@@ -76,7 +78,7 @@ class FakeRun:
             self.digests[name] = self.trace.stop(output)
             spent = (self.counter.get_total_flops() - flops) / 2 / self.batch
             self.macs[name] = self.macs.get(name, 0.0) + spent
-            call = Call((tuple(args), dict(kwargs)), output)
+            call = Call(given.tree, output, given.fault(args, kwargs))
             self.calls.setdefault(name, []).append(call)
 
         module = self.modules[name]

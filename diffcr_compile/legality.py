@@ -36,6 +36,7 @@ from diffcr_compile.blocks import (
 from diffcr_compile.candidates import block_candidates, inner_candidates, shapes
 from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.parts import PartFindings, find_parts, part_candidates
+from diffcr_compile.program import identifier
 from diffcr_compile.recorded import (
     Call,
     IllegalError,
@@ -194,7 +195,26 @@ def find_blocks(
         found = _find(model, args, kwargs, candidates, examiner)
         if granularity != "block" and found.sample:
             found = _with_parts(found, model, args, kwargs, examiner, granularity, set(views))
+        found = _with_distinct_names(found)
         return dataclasses.replace(found, blocks=with_views(found.blocks, views))
+
+
+def _with_distinct_names(found: Findings) -> Findings:
+    """Refuse a block that would be called like an earlier one inside the graph: ``a.b`` and ``a_b``.
+
+    Routers, inputs and files are found by that name.
+    """
+    first: dict[str, BlockSpec] = {}
+    refused = list(found.refused)
+    for spec in found.blocks:
+        other = first.setdefault(identifier(spec.name), spec)
+        if other is not spec:
+            reason = (
+                f"its name and that of {other.name} differ by dots and underscores only, and both are "
+                f"{identifier(spec.name)} in a graph; rename one of the two modules"
+            )
+            refused.append(Refusal(spec.name, reason))
+    return dataclasses.replace(found, blocks=tuple(first.values()), refused=tuple(refused))
 
 
 def guess_views(

@@ -675,6 +675,33 @@ def test_the_example_is_not_written_to() -> None:
         assert torch.equal(found, given)
 
 
+class Alike(models.OwnDiT):
+    """``img_blocks`` beside ``img.blocks``."""
+
+    def __init__(self) -> None:
+        super().__init__(side=4, depth=0)
+        self.img_blocks = nn.ModuleList([Block(width=16)])
+        self.img = nn.Module()
+        self.img.blocks = nn.ModuleList([Block(width=16)])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        for block in (*self.img_blocks, *self.img.blocks):
+            tokens = block(tokens, condition)
+        return self.image(tokens)
+
+
+def test_of_two_blocks_that_are_one_name_in_a_graph_the_first_is_routed() -> None:
+    model, inputs = Alike().eval(), models.inputs_for(4)
+    program = dcr.route(model, inputs).program
+    assert _names(program.blocks) == ["img_blocks.0"]
+    (refusal,) = program.refused
+    assert refusal.block == "img.blocks.0"
+    assert "differ by dots and underscores only" in refusal.reason
+    frozen = dcr.freeze(program.module, keep_ratio=0.5)
+    assert frozen[0](**inputs).shape == model(**inputs).shape
+
+
 def test_describe_is_one_line_with_the_roles() -> None:
     found = find_blocks(*_with_args(models.rotary()))
     text = describe(found.blocks[0])

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def _tables_beside(module: nn.Module) -> Iterator[dict[Any, Any]]:
     kinds = {kind for part in module.modules() for kind in type(part).__mro__}
     kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] != "torch"}
     files = {kind.__module__ for kind in kinds} - {"builtins"}
-    spaces = [vars(kind) for kind in kinds]
+    spaces: list[Mapping[str, Any]] = [vars(kind) for kind in kinds]
     spaces += [vars(sys.modules[name]) for name in files if name in sys.modules]
     for space in spaces:
         yield from [value for value in space.values() if type(value) is dict]

@@ -141,9 +141,9 @@ class _OpByOp(FlopCounterMode):
     """
 
     def __enter__(self) -> _OpByOp:
-        self._had_fast_path = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
+        self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *failure: Any) -> None:

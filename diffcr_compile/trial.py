@@ -60,6 +60,7 @@ class Trial:
     ) -> None:
         self.stream, self.output, self.num_tokens = stream, output, num_tokens
         self.unread: Set[Path] = unread
+        self._handed: Set[Path] = frozenset()
         source: Tensor = get_leaf(call.tree, stream.path)
         self.batch, self.length = source.shape[0], source.shape[1]
         self.generator = torch.Generator().manual_seed(1)
@@ -68,7 +69,7 @@ class Trial:
         self.allowed = MAX_PERMUTATION_ERROR
         self._choose_precision(module, call, source.dtype)
         self.rough: Any = None
-        self.unread |= _handed_through(self.tree, self.reference) - {output}
+        self.unread |= self._handed - {output}
         self._errors: dict[tuple[TokenAxis, ...], float] = {}
 
     def _choose_precision(self, module: nn.Module, call: Call, own: torch.dtype) -> None:
@@ -117,7 +118,9 @@ class Trial:
 
     def _plain(self, tree: Any) -> Any:
         args, kwargs = fresh(tree)
-        return self.block(*args, **kwargs)
+        output = self.block(*args, **kwargs)
+        self._handed = _handed_through((args, kwargs), output)  # these copies, not the tree's
+        return output
 
     def has_own_residual(self) -> bool:
         """Whether the stream is in the output, with something added to it."""

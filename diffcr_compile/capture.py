@@ -41,6 +41,8 @@ from diffcr_compile.errors import (
     one_line,
 )
 from diffcr_compile.fold import fold_constants
+from diffcr_compile.input_names import input_names
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.outputs import OutputForm, OutputForms
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
 from diffcr_compile.signature import (
@@ -98,6 +100,7 @@ def capture(
     Raises:
         CaptureError: neither torch.export nor recording gives a graph that computes what the model does.
     """
+    _refuse_names(model)
     call = _Call(model, args, kwargs, sample)
     names = [spec.name for spec in blocks]
     failures = []
@@ -120,6 +123,24 @@ def capture(
         "Typical causes are branches on tensor values and numbers read from tensors with .item() or "
         ".numpy() in forward; move them out of forward or make them depend on shapes only."
     )
+
+
+def _refuse_names(model: nn.Module) -> None:
+    """Refuse a module or parameter that is called like something a graph module has itself."""
+    own = {*dir(DiTGraph), *vars(fx.GraphModule({}, fx.Graph()))} - {
+        *dir(nn.Module),
+        *vars(nn.Module()),
+    }
+    names = [n for n, _ in model.named_children()]
+    names += [n for n, _ in model.named_parameters(recurse=False)]
+    names += [n for n, _ in model.named_buffers(recurse=False)]
+    taken = sorted(own & set(names))
+    if taken:
+        raise CaptureError(
+            f"{type(model).__name__} has attributes called {', '.join(taken)}, and so has the graph module "
+            "that is made of it: one would hide the other. Rename them, or wrap the model in a module that "
+            "calls it."
+        )
 
 
 class _Call:
@@ -155,14 +176,13 @@ class _Call:
                 )
         # What comes as **kwargs is called what the caller calls it.
         other = next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
-        self.paths = {
-            _placeholder(path[1:] if path[0] == other else path): path for path in tensors
-        }
+        self.paths = input_names(tensors, [p.name for p in self.parameters], other)
         self.constants = tuple(constants) + _default_constants(self.parameters, self.bound)
         self.example = {
             name: get_leaf(self.bound, path).detach() for name, path in self.paths.items()
         }
-        self.sample = _sample_name(sample, list(self.bound))
+        wanted = _bound_path(sample, list(self.bound), other)
+        self.sample = next((n for n, path in self.paths.items() if path == wanted), None)
         self.timestep = next((n for n in self.example if n in TIMESTEP_NAMES), None)
 
     def fixable(self) -> list[str]:
@@ -284,12 +304,14 @@ def _is_whole(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or torch.equal(tensor, tensor.round())
 
 
-def _sample_name(sample: Path, parameters: Sequence[str]) -> str | None:
-    """Placeholder of the sample: positional arguments are known by their parameter's name."""
-    if not sample:
-        return None
-    first = parameters[int(sample[1])] if sample[0] == 0 else sample[1]
-    return _placeholder((first, *sample[2:]))
+def _bound_path(path: Path, parameters: Sequence[str], other: str | None) -> Path:
+    """A path in (args, kwargs) as one in the arguments by parameter name; `other` is ``**kwargs``."""
+    if not path:
+        return ()
+    if path[0] == 0:
+        return (parameters[int(path[1])], *path[2:])
+    keyword = str(path[1])
+    return path[1:] if keyword in parameters or other is None else (other, *path[1:])
 
 
 def _export(
@@ -321,6 +343,7 @@ def _quiet_export(
         contextlib.redirect_stdout(io.StringIO()),
         torch.no_grad(),
         AliasesOfData(),
+        kept_caches(model),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(
@@ -347,7 +370,3 @@ def _default_constants(
         for p in parameters
         if p.name not in bound and p.default is not p.empty
     )
-
-
-def _placeholder(path: tuple[Any, ...]) -> str:
-    return "_".join(str(key) for key in path)

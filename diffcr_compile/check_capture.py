@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from diffcr_compile.blocks import Path, map_leaves
 from diffcr_compile.errors import CaptureError, one_line
 from diffcr_compile.program import Program, flat_tensors, map_batched
+from diffcr_compile.recorded import fresh
 from diffcr_compile.signature import call_arguments
 from diffcr_compile.verify import infer_shapes
 
@@ -74,7 +75,7 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
 
 
 def _call(module: nn.Module, program: Program, bound: Mapping[str, Any]) -> list[Tensor]:
-    args, kwargs = call_arguments(program.signature.parameters, bound)
+    args, kwargs = fresh(call_arguments(program.signature.parameters, bound))
     return flat_tensors(module(*args, **kwargs))
 
 

@@ -34,7 +34,9 @@ from diffcr_compile.blocks import (
     show_path,
 )
 from diffcr_compile.candidates import block_candidates, inner_candidates, shapes
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.parts import PartFindings, find_parts, part_candidates
+from diffcr_compile.program import identifier
 from diffcr_compile.recorded import (
     Call,
     IllegalError,
@@ -180,7 +182,7 @@ def find_blocks(
         examiner: how candidates are looked at; inputs must then have two samples if they can.
         granularity: whole blocks, or token-wise parts of them, or the second where the first is refused.
     """
-    with torch.no_grad():
+    with kept_caches(model), torch.no_grad():
         if examiner is None:
             args, kwargs = two_samples(model, args, kwargs)
         examiner = examiner or Examiner()
@@ -193,7 +195,26 @@ def find_blocks(
         found = _find(model, args, kwargs, candidates, examiner)
         if granularity != "block" and found.sample:
             found = _with_parts(found, model, args, kwargs, examiner, granularity, set(views))
+        found = _with_distinct_names(found)
         return dataclasses.replace(found, blocks=with_views(found.blocks, views))
+
+
+def _with_distinct_names(found: Findings) -> Findings:
+    """Refuse a block that would be called like an earlier one inside the graph: ``a.b`` and ``a_b``.
+
+    Routers, inputs and files are found by that name.
+    """
+    first: dict[str, BlockSpec] = {}
+    refused = list(found.refused)
+    for spec in found.blocks:
+        other = first.setdefault(identifier(spec.name), spec)
+        if other is not spec:
+            reason = (
+                f"its name and that of {other.name} differ by dots and underscores only, and both are "
+                f"{identifier(spec.name)} in a graph; rename one of the two modules"
+            )
+            refused.append(Refusal(spec.name, reason))
+    return dataclasses.replace(found, blocks=tuple(first.values()), refused=tuple(refused))
 
 
 def guess_views(
@@ -369,6 +390,8 @@ def examine(
             f"it is called {len(calls)} times per forward; a routed block runs once"
         )
     call = calls[0]
+    if call.fault:
+        raise IllegalError(call.fault)
     pairs = moved.pairs if moved is not None else None
     if pairs is None and moved is not None:
         pairs = residual_pairs(module, call)
@@ -381,7 +404,9 @@ def examine(
     unread = frozenset(
         path
         for path, leaf in leaves(call.output)
-        if is_float(leaf) and path not in pairs and not moved.outside.is_read(name, path)
+        if isinstance(leaf, Tensor)
+        and (path not in pairs or not is_float(leaf))
+        and not moved.outside.is_read(name, path)
     )
     trial = Trial(module, call, axis, output, num_tokens, unread)
     wanted = _alike(known, call, stream) or ()

@@ -20,6 +20,7 @@ from diffcr_compile.cut import cut_arguments
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, selector_name, tensor_args
 from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
@@ -92,7 +93,13 @@ def measure_costs(
     interpreter = _BlockCounter(program, levels, counter)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with forgotten_failures(), mode, torch.no_grad(), counter:
+        with (
+            kept_caches(program.module),
+            forgotten_failures(),
+            mode,
+            torch.no_grad(),
+            counter,
+        ):
             interpreter.run(
                 *(mode.from_tensor(t) for t in tensor_args(program, program.example))
             )
@@ -124,7 +131,24 @@ def flop_counter() -> FlopCounterMode:
     """Counts floating-point operations, two per MAC, on real or fake tensors."""
     # The fused attention of the CPU is missing in torch's registry.
     fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={fused_cpu: _attention_flops})
+    return _OpByOp(display=False, custom_mapping={fused_cpu: _attention_flops})
+
+
+class _OpByOp(FlopCounterMode):
+    """While it counts, torch's own attention and encoder layers run op by op.
+
+    In evaluation they are one fused op each, of which the counter knows nothing: 0 MACs.
+    """
+
+    def __enter__(self) -> _OpByOp:
+        self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
+        super().__exit__(*failure)  # type: ignore[no-untyped-call]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

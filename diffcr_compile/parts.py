@@ -25,6 +25,7 @@ from diffcr_compile.recorded import (
     Call,
     IllegalError,
     check_static,
+    fresh,
     output_tensors,
     run_recorded,
 )
@@ -84,7 +85,11 @@ def find_parts(
         if len(calls.get(name, ())) != 1 or not _moves(before[name][0], after[name][0]):
             continue
         runs = (before[name][0], after[name][0], first[name][0] if first else None)
-        found[name] = _Parts(name, module, calls[name][0], outside).find(runs)
+        try:
+            found[name] = _Parts(name, module, calls[name][0], outside).find(runs)
+        except IllegalError as reason:
+            parts = [inner for inner, _ in part_candidates(module)]
+            found[name] = PartFindings((), dict.fromkeys(parts, str(reason)))
     return found
 
 
@@ -121,7 +126,12 @@ class _Parts:
             if inner and not isinstance(module, _LISTS) and _num_layers(module) > 1
         }
         self.calls: dict[str, list[Call]]
-        self.calls, _ = run_recorded(block, *call.tree, candidates=every, edit=None)
+        try:
+            self.calls, _ = run_recorded(block, *call.tree, candidates=every, edit=None)
+        except Exception as error:  # the user's block may raise anything
+            raise IllegalError(
+                f"its block does not run a second time on what it was given: {short(error)}"
+            ) from error
 
     def find(self, runs: tuple[Call, Call, Call | None]) -> PartFindings:
         """Try the outermost parts, and what is inside of those that are refused.
@@ -165,6 +175,8 @@ class _Parts:
         if len(calls) != 1:
             raise IllegalError(f"it is called {len(calls)} times per forward")
         call = calls[0]
+        if call.fault:
+            raise IllegalError(call.fault)
         check_static(module, call)
         reason = "no input has the shape of its output"
         for output, result in leaves(call.output):
@@ -300,7 +312,8 @@ def _with_change(
     )
     try:
         with Float64Mode():
-            result = block(*tree[0], **tree[1])
+            args, kwargs = fresh(tree)
+            result = block(*args, **kwargs)
     finally:
         if handle is not None:
             handle.remove()

@@ -58,6 +58,27 @@ class DiTGraph(fx.GraphModule):
             found[spec.name] = selector
         return found
 
+    def check_inputs(self, found: tuple[Any, ...]) -> None:
+        """Refuse a call with tensors of other sizes or types than the example's, the batch aside.
+
+        Most graphs would run on them and say nothing: sizes such as a picture's stand in their views.
+        """
+        # torch's tracers guard what they were given themselves
+        if torch.compiler.is_compiling():
+            return
+        program = self.program
+        for name, tensor in zip(program.signature.inputs, found, strict=True):
+            expected = program.example[name]
+            if name in program.kept_inputs or _fits(tensor, expected, program):
+                continue
+            free = " (the batch may differ)" if program.dynamic_batch else ""
+            raise UsageError(
+                f"{name} is {_form(tensor)}, but the graph was captured with {_form(expected)}{free}: "
+                "other sizes and types need a graph of their own. Capture again with example inputs of "
+                "the size you need.",
+                code="DCR-U021",
+            )
+
     def check_constants(self, found: tuple[Any, ...]) -> None:
         """Refuse a call whose non-tensor arguments, or fixed inputs, differ from those of the capture."""
         for (path, expected), value in zip(
@@ -196,6 +217,20 @@ def with_batch(program: Program, batch: int | None) -> Program:
     rows = torch.arange(batch) % program.batch
     example = map_batched(dict(program.example), program.batch, lambda tensor: tensor[rows])
     return dataclasses.replace(program, example=example).attached()
+
+
+def _fits(found: Any, expected: Tensor, program: Program) -> bool:
+    if not isinstance(found, Tensor) or found.dtype != expected.dtype:
+        return False
+    is_batched = program.dynamic_batch and expected.shape[:1] == (program.batch,)
+    first = 1 if is_batched else 0
+    return found.ndim == expected.ndim and found.shape[first:] == expected.shape[first:]
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
 def _difference(found: Any, expected: Tensor) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
 from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
-from diffcr_compile.recorded import Call
+from diffcr_compile.recorded import Call, fresh
 
 # Parameters are divided by this to see what of a block is no parameter's work; a power of two, so exact.
 SHRINK = 2.0**20
@@ -113,7 +113,8 @@ def _gains(
 
     def run(tree: Any) -> Any:
         with Float64Mode():
-            return block(*tree[0], **tree[1])
+            args, kwargs = fresh(tree)
+            return block(*args, **kwargs)
 
     tree = float64_tree(call.tree)
     found: dict[tuple[Path, Path], float] = {}

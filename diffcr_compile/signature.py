@@ -127,6 +127,8 @@ class CallCodeGen(_PyTreeCodeGen):
         for name, path in zip(names, self.signature.inputs.values(), strict=True):
             if (name,) != path:
                 lines.append(f"    {name} = {_access(path)}")
+        if names:
+            lines.append(f"    self.check_inputs(({', '.join(names)},))")
         if self.signature.constants:
             found = ", ".join(_access(path) for path, _ in self.signature.constants)
             lines.append(f"    self.check_constants(({found},))")

@@ -288,7 +288,10 @@ class Outside:
             return False
 
     def is_read(self, name: str, output: Path) -> bool:
-        """Whether anybody reads a block's output at that path: NaN in its place shows somewhere."""
+        """Whether anybody reads a block's output at that path.
+
+        NaN in its place shows somewhere; in the place of whole numbers, others do.
+        """
         if (name, output) not in self._read:
             self._read[name, output] = self._shows(name, output)
         return self._read[name, output]
@@ -301,16 +304,20 @@ class Outside:
             return map_leaves(
                 result,
                 lambda path, leaf: (
-                    torch.full_like(leaf, torch.nan)
-                    if path == output and is_float(leaf)
-                    else leaf
+                    _spoilt(leaf) if path == output and isinstance(leaf, Tensor) else leaf
                 ),
             )
 
-        with torch.no_grad():
-            calls, result = run_recorded(
-                self.model, *self.tree, candidates=self.candidates, edit=spoil
-            )
+        shown = get_leaf(self.before[0][name][0].output, output)
+        try:
+            with torch.no_grad():
+                calls, result = run_recorded(
+                    self.model, *self.tree, candidates=self.candidates, edit=spoil
+                )
+        except Exception:  # noqa: BLE001 - the user's model looks at it, and may raise anything
+            return True
+        if not is_float(shown):
+            return self._differs(calls, result)
         before, expected = self.before
         seen = [(result, expected)] + [
             (call.tree, before[other][index].tree)
@@ -323,6 +330,25 @@ class Outside:
             for a, b in zip(output_tensors(found), output_tensors(wanted), strict=True)
             if a.is_floating_point()
         )
+
+    def _differs(self, calls: Mapping[str, list[Call]], result: Any) -> bool:
+        """Whether anything that blocks are given, or the output, is not what it was."""
+        before, expected = self.before
+        seen = [(result, expected)] + [
+            (call.tree, before[other][index].tree)
+            for other, found in calls.items()
+            for index, call in enumerate(found)
+        ]
+        return any(
+            a.shape != b.shape or not ((a == b) | ((a != a) & (b != b))).all()
+            for found, wanted in seen
+            for a, b in zip(output_tensors(found), output_tensors(wanted), strict=True)
+        )
+
+
+def _spoilt(leaf: Tensor) -> Tensor:
+    """NaN; 0 and 1 in the place of whole numbers, so that they still pick rows of a table."""
+    return torch.full_like(leaf, torch.nan) if is_float(leaf) else (leaf == 0).to(leaf)
 
 
 def image_stream(

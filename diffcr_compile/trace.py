@@ -163,7 +163,11 @@ def _recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         tracer: Any = mode.tracer
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         call = tracer.create_proxy("call_function", _block_call, (name, *proxies), {})
-        return track_tensor_tree(output, call, constant=None, tracer=tracer)
+        # An input that the block hands through stays the input: a routed block returns it cut.
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        made = map_leaves(output, lambda _, leaf: None if id(leaf) in given else leaf)
+        track_tensor_tree(made, call, constant=None, tracer=tracer)
+        return output
 
     return run
 

@@ -19,7 +19,7 @@ from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves,
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import one_line
 from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
-from diffcr_compile.recorded import Call, IllegalError
+from diffcr_compile.recorded import Call, IllegalError, fresh
 from diffcr_compile.residual import SHRINK, gain, noise, shrink
 from diffcr_compile.routing import gather_tokens
 
@@ -59,7 +59,8 @@ class Trial:
         unread: Set[Path] = frozenset(),
     ) -> None:
         self.stream, self.output, self.num_tokens = stream, output, num_tokens
-        self.unread = unread
+        self.unread: Set[Path] = unread
+        self._handed: Set[Path] = frozenset()
         source: Tensor = get_leaf(call.tree, stream.path)
         self.batch, self.length = source.shape[0], source.shape[1]
         self.generator = torch.Generator().manual_seed(1)
@@ -68,6 +69,7 @@ class Trial:
         self.allowed = MAX_PERMUTATION_ERROR
         self._choose_precision(module, call, source.dtype)
         self.rough: Any = None
+        self.unread |= self._handed - {output}
         self._errors: dict[tuple[TokenAxis, ...], float] = {}
 
     def _choose_precision(self, module: nn.Module, call: Call, own: torch.dtype) -> None:
@@ -115,8 +117,10 @@ class Trial:
             return self._plain(tree)
 
     def _plain(self, tree: Any) -> Any:
-        args, kwargs = tree
-        return self.block(*args, **kwargs)
+        args, kwargs = fresh(tree)
+        output = self.block(*args, **kwargs)
+        self._handed = _handed_through((args, kwargs), output)  # these copies, not the tree's
+        return output
 
     def has_own_residual(self) -> bool:
         """Whether the stream is in the output, with something added to it."""
@@ -205,6 +209,11 @@ class Trial:
             failure = self.failure(aligned)
             if failure is None:
                 return self._without_needless(aligned)
+            if len(tried) == 1 and self._is_random():
+                raise IllegalError(
+                    "it is random, also in evaluation mode: two runs on equal inputs differ. Give "
+                    "dropout training=self.training, and take noise as an input"
+                )
             if len(tried) == 1 and self.wide:  # hundreds may follow, nearly all of them wrong
                 with contextlib.suppress(Exception):  # only what is slower then
                     self.rough = self._plain(self.tree)
@@ -233,12 +242,28 @@ class Trial:
         kept = max(1, self.num_tokens // 2)
         index = self._orders(aligned)[:, :kept]
         try:
-            result: Tensor = get_leaf(self._run(self._cut(aligned, index)), self.output)
+            found = self._run(self._cut(aligned, index))
         except Exception as problem:  # noqa: BLE001
             return f"it does not run on {kept} of {self.num_tokens} tokens: {short(problem)}"
+        result: Tensor = get_leaf(found, self.output)
         expected = self.length - self.num_tokens + kept
         if result.shape[1] != expected:
             return f"given {expected} tokens it returns {result.shape[1]}"
+        return self._resized(found, kept)
+
+    def _resized(self, found: Any, kept: int) -> str | None:
+        """What is wrong with an output beside the stream that has other sizes on fewer tokens."""
+        whole = dict(leaves(self.reference))
+        for path, leaf in leaves(found):
+            if not isinstance(leaf, Tensor) or path == self.output or path in self.unread:
+                continue
+            before = tuple(whole[path].shape)
+            if leaf.shape != before:
+                return (
+                    f"its output{_keys(path)} has shape {tuple(leaf.shape)} on {kept} of "
+                    f"{self.num_tokens} tokens and {before} on all of them, and only its stream can be "
+                    "put back among all tokens; return it from the model, not from the block"
+                )
         return None
 
     def permutation_error(self, aligned: tuple[TokenAxis, ...]) -> float:
@@ -253,13 +278,18 @@ class Trial:
                 return error
         return self._error(self._run(tree), self.reference, order)
 
+    def _is_random(self) -> bool:
+        """Whether one more run on the same inputs gives something else."""
+        order = torch.arange(self.num_tokens).expand(self.batch, -1)
+        return not self._error(self._run(self.tree), self.reference, order) <= self.allowed
+
     def _error(self, found: Any, reference: Any, order: Tensor) -> float:
         expected = map_leaves(reference, lambda p, leaf: self._permuted(p, leaf, order))
         pairs = zip(leaves(found), leaves(expected), strict=True)
         errors = [
-            ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+            _away(a, b)
             for (path, a), (_, b) in pairs
-            if isinstance(b, Tensor) and b.is_floating_point() and path not in self.unread
+            if isinstance(b, Tensor) and path not in self.unread
         ]
         return max(errors, default=float("inf"))
 
@@ -340,6 +370,24 @@ class Trial:
 
     def _cut(self, aligned: tuple[TokenAxis, ...], index: Tensor) -> Any:
         return cut_arguments(self.tree, (self.stream, *aligned), index, self.num_tokens)
+
+
+def _handed_through(tree: Any, output: Any) -> set[Path]:
+    """Outputs that are an input itself; the graph takes the input in their place, uncut."""
+    given = {id(leaf) for _, leaf in leaves(tree) if isinstance(leaf, Tensor)}
+    return {path for path, leaf in leaves(output) if id(leaf) in given}
+
+
+def _away(found: Tensor, expected: Tensor) -> float:
+    """Relative error; numbers that are not rounded, such as positions, are equal or wrong."""
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(found, expected) else float("inf")
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float(((found - expected).abs().max() / scale).item())
+
+
+def _keys(path: Path) -> str:
+    return "".join(f"[{key!r}]" for key in path)
 
 
 def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from diffcr_compile import routing
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 from diffcr_compile.errors import UnsupportedModelError, VerificationError
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, Stage, router_name, tensor_args
 from diffcr_compile.routing import TokenSelector
 
@@ -62,10 +63,15 @@ def infer_shapes(
     """
     interpreter = _ShapeRecorder(program.module, {} if known is None else known)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with kept_caches(program.module, mode):
+        _run(interpreter, program, mode)
+    return interpreter.shapes
+
+
+def _run(interpreter: _ShapeRecorder, program: Program, mode: FakeTensorMode) -> None:
     with mode, torch.no_grad():
         inputs = [mode.from_tensor(t) for t in tensor_args(program, program.example)]
         interpreter.run(*inputs)
-    return interpreter.shapes
 
 
 class _ShapeRecorder(fx.Interpreter):

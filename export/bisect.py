@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto
@@ -104,11 +105,20 @@ def places_of_values(
 def block_values(
     places: Sequence[tuple[str, str, str]], arrays: Sequence[Array]
 ) -> list[BlockValue]:
-    """Marks of values at their places."""
+    """Marks of values at their places.
+
+    A value with infinite numbers in it, such as a mask that is added to attention scores, has no norm
+    and is left out: what a block makes of it is there.
+    """
+    pairs = [
+        (place, array)
+        for place, array in zip(places, arrays, strict=True)
+        if np.isfinite(array).all()
+    ]
     return [
-        BlockValue(block, value, node, array.shape, array.dtype.name, *found)
-        for (block, value, node), array, found in zip(
-            places, arrays, marks(arrays), strict=True
+        BlockValue(*place, array.shape, array.dtype.name, *found)
+        for (place, array), found in zip(
+            pairs, marks([array for _, array in pairs]), strict=True
         )
     ]
 

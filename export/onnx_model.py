@@ -27,6 +27,7 @@ from diffcr_compile.export.repeats import find_repeats
 from diffcr_compile.export.short_program import ShortProgram, shortened
 from diffcr_compile.export.undone_reshapes import drop_undone_reshapes
 from diffcr_compile.export.weights import WeightsWriter, place_of
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, run_flat
 
 # One file then serves TensorRT 10.3 (JetPack 6) to 11.
@@ -106,7 +107,7 @@ def graph_from_exported(
 
 
 def _exported(flat: nn.Module, program: Program) -> ExportedProgram:
-    with evaluating(flat):
+    with evaluating(flat), kept_caches(flat):
         return torch.export.export(
             flat,
             tuple(program.example.values()),

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.export.units import Unit, cut_into_units
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
 from diffcr_compile.program import Program
 
@@ -170,7 +171,7 @@ def _traces(program: Program, units: Sequence[Unit]) -> tuple[list[str], set[fx.
     ]
     trace = OpTrace()
     traced = _Traced(program, units, trace)
-    with forgotten_failures(), torch.no_grad(), mode, trace:
+    with kept_caches(program.module), forgotten_failures(), torch.no_grad(), mode, trace:
         traced.run(*given, enable_io_processing=False)
     tensors = {node for node, value in traced.env.items() if isinstance(value, Tensor)}
     return traced.digests, tensors

@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import fx, nn
-from torch.fx.node import map_arg
 
-from diffcr_compile.blocks import BlockSpec, Path, TokenAxis, leaves
+from diffcr_compile.blocks import (
+    BlockSpec,
+    Path,
+    TokenAxis,
+    leaves,
+    map_leaves,
+)
 from diffcr_compile.errors import PostconditionError, PreconditionError
 from diffcr_compile.passes.base import Pass, PassResult
 from diffcr_compile.passes.graph_edit import argument, block_node, output_node, replace_uses
@@ -100,6 +105,10 @@ def _follows(graph: fx.Graph, one: BlockSpec, two: BlockSpec) -> bool:
     image = output_node(first, one.output)
     if image is None or argument(second, two.stream.path) is not image:
         return False
+    roles = {axis.path for axis in (two.stream, *two.aligned)}
+    for path, leaf in leaves((second.args, second.kwargs)):
+        if leaf is image and path not in roles:  # it reads all tokens; in a span there are K
+            return False
     outputs = _outputs(first)
     readers = {user for node in outputs for user in node.users if user not in outputs}
     if readers != {second}:
@@ -200,11 +209,14 @@ class _SpanBody:
 
     def add(self, call: fx.Node, spec: BlockSpec) -> None:
         roles = {axis.path: axis for axis in (spec.stream, *spec.aligned)}
-        inner_args: dict[fx.Node, fx.Node] = {}
-        for path, leaf in leaves((tuple(call.args), dict(call.kwargs))):
-            if isinstance(leaf, fx.Node):
-                inner_args[leaf] = self._input(leaf, roles.get(path))
-        args, kwargs = map_arg((call.args, call.kwargs), lambda node: inner_args[node])
+        if not self.inputs:  # whatever stands first in the first member's call
+            self._input(argument(call, spec.stream.path), spec.stream)
+
+        # By place and not by node: one tensor may be the stream here and a context there.
+        def inner(path: Path, leaf: Any) -> Any:
+            return self._input(leaf, roles.get(path)) if isinstance(leaf, fx.Node) else leaf
+
+        args, kwargs = map_leaves((tuple(call.args), dict(call.kwargs)), inner)
         copy = self.graph.call_module(identifier(spec.name), tuple(args), dict(kwargs))
         self.copies[call] = copy
         for node in _outputs(call)[1:]:

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
+from torch import Tensor
+from torch.nn import functional
 
+import diffcr_compile as dcr
 from diffcr_compile import cli
 from diffcr_compile.durable import atomic_write_bytes, write_json_atomic
 from diffcr_compile.errors import AccuracyError, ArtifactError, UsageError
@@ -37,6 +41,7 @@ from diffcr_compile.manifest import Manifest, hash_files, read_manifest, write_m
 from diffcr_compile.polygraphy_results import compare_results, write_polygraphy
 from diffcr_compile.runtime.polygraphy_json import read_inputs, read_outputs, write_outputs
 from diffcr_compile.validate import validate_artifact, validate_engines
+from tests.model_parts import Block, OwnDiT, inputs_for
 
 FAKES = Path(__file__).parent / "fakes"
 BLOCKS = [f"blocks.{n}" for n in range(12)]  # blocks.1 is a prefix of blocks.10
@@ -375,3 +380,35 @@ def test_bytes_that_are_no_array_of_numbers_are_refused(name: str, tmp_path: Pat
     with pytest.raises(UsageError, match="arrays of numpy") as caught:
         read_inputs(tmp_path / "in.json")
     assert caught.value.code == "DCR-U006"
+
+
+class AddedMaskDiT(OwnDiT):
+    """Each block is given a mask of 0 and minus infinity, which is cut with its tokens."""
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        tokens, condition = self.embed(x, t)
+        added = torch.where(mask > 0, 0.0, -math.inf)[:, None, None]  # (B, 1, 1, N)
+        for block in self.blocks:
+            tokens = block(tokens, condition, added)
+        return self.image(tokens)
+
+
+class AddedMaskBlock(Block):
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        read = functional.scaled_dot_product_attention(
+            x[:, None], x[:, None], x[:, None], mask
+        )
+        return super().forward(x + read[:, 0], condition)
+
+
+def test_a_mask_of_minus_infinity_that_leaves_a_block_is_left_out(tmp_path: Path) -> None:
+    mask = torch.ones(2, 16)
+    mask[1, 10:] = 0
+    model = AddedMaskDiT(block=AddedMaskBlock, side=4, depth=2).eval()
+    frozen = dcr.freeze(dcr.route(model, inputs_for(4, mask=mask)), keep_ratio=0.5)
+    dcr.export(frozen, tmp_path / "out")
+    (values,) = read_block_values(tmp_path / "out").values()
+    assert {value.block for value in values} == {"blocks.0", "blocks.1"}
+    assert all(math.isfinite(number) for v in values for number in (v.norm, *v.signs))
+    manifest = read_manifest(tmp_path / "out")
+    assert bisect_onnx(tmp_path / "out", manifest, 0, 1e-3) is None

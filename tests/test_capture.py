@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 import diffcr_compile as dcr
 from diffcr_compile.aliases import is_write
 from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError, UnsupportedModelError, UsageError
+from diffcr_compile.input_names import input_names
 from diffcr_compile.legality import find_blocks
 from diffcr_compile.program import Program, Stage, rebuild_call, run_flat, tensor_args
 from tests import models
@@ -450,3 +451,113 @@ def test_inputs_may_come_as_other_keywords() -> None:
     assert program.timestep_input == "t"
     with torch.no_grad():
         assert torch.equal(program.module(**inputs), model(**inputs))
+
+
+class Conditioned(models.OwnDiT):
+    """Two inputs that would be called alike, and keys that are no identifiers."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Any], cond_text: Tensor) -> Tensor:  # type: ignore[override]
+        tokens, condition = self.embed(x, t + cond["time step"])
+        condition = condition + cond["text"] + cond["a.b"][0] * cond["lambda"] - 2 * cond_text
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self.image(tokens)
+
+
+def test_inputs_have_distinct_names_whatever_their_keys() -> None:
+    def text(seed: int) -> Tensor:
+        return models.randn(2, 16, seed=seed)
+
+    inputs = models.inputs_for(4)
+    inputs["cond"] = {
+        "text": text(1),
+        "time step": torch.rand(2),
+        "lambda": text(2),
+        "a.b": [text(3)],
+        "a_b": [text(4)],
+    }
+    inputs["cond_text"] = text(5)
+    model = Conditioned(side=4).eval()
+    routed = dcr.route(model, inputs)
+    assert dict(routed.program.signature.inputs) == {
+        "x": ("x",),
+        "t": ("t",),
+        "cond_text_2": ("cond", "text"),
+        "cond_time_step": ("cond", "time step"),
+        "cond_lambda": ("cond", "lambda"),
+        "cond_a_b_0": ("cond", "a.b", 0),
+        "cond_a_b_0_2": ("cond", "a_b", 0),
+        "cond_text": ("cond_text",),
+    }
+    assert routed.program.sample_input == "x"
+    frozen = dcr.freeze(routed, keep_ratio=1.0)[0]
+    with torch.no_grad():
+        for graph in (routed, frozen):
+            assert _same(graph(**inputs), model(**inputs))
+
+
+def test_keywords_of_python_become_names() -> None:
+    assert list(
+        input_names([("kwargs", "lambda"), ("kwargs", "9")], ["kwargs"], "kwargs")
+    ) == [
+        "lambda_",
+        "_9",
+    ]
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "routers", "program", "selectors"])
+def test_a_name_that_graphs_have_themselves_is_refused(name: str) -> None:
+    model, inputs = models.plain(depth=1)
+    setattr(model, name, nn.Parameter(torch.ones(1)) if name == "meta" else nn.Linear(2, 2))
+    with pytest.raises(CaptureError, match=f"has attributes called {name}, .*Rename"):
+        dcr.route(model, inputs)
+    assert f"called {name}," in str(dcr.inspect(model, inputs).error)
+
+
+class AnyShape(nn.Module):
+    """Convolves to tokens of any picture; the graph has the sizes of one in its views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = models.OwnDiT(side=4)
+        self.patch, self.time = nn.Conv2d(2, 16, 1), nn.Linear(1, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        condition = self.time(t[:, None])
+        tokens = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        for block in self.inner.blocks:
+            tokens = block(tokens, condition)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_sizes_and_types_that_were_not_captured_are_refused() -> None:
+    model, inputs = AnyShape().eval(), models.inputs_for(4)
+    inputs["x"] = models.randn(2, 2, 2, 8)
+    routed = dcr.route(model, inputs)
+    frozen = dcr.freeze(routed, keep_ratio=0.5)[0]
+    wrong = [
+        {"x": inputs["x"].transpose(2, 3)},
+        {"x": inputs["x"].double()},
+        {"x": inputs["x"][0]},
+        {"t": None},
+    ]
+    for graph in (routed, frozen):
+        for other in wrong:
+            with pytest.raises(
+                UsageError, match=r"graph was captured with float32 of shape"
+            ) as error:
+                graph(**{**inputs, **other})
+            assert error.value.code == "DCR-U021"
+        more = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        assert graph(**more).shape == (4, 16, 2, 8)
+
+
+def test_a_graph_that_checks_its_inputs_can_be_exported_and_compiled() -> None:
+    model, inputs = models.plain(depth=1, side=4)[0], models.inputs_for(4)
+    frozen = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.5)[0]
+    with torch.no_grad():
+        expected = frozen(**inputs)
+        exported = torch.export.export(frozen, (), inputs, strict=False).module()
+        assert _same(exported(**inputs), expected)
+        compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+        assert _same(compiled(**inputs), expected)

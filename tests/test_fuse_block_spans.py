@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import diffcr_compile as dcr
 from diffcr_compile import routing
@@ -153,3 +154,66 @@ def test_tables_that_both_blocks_read_are_gathered_once(cases: Callable[..., Cas
     program = fused(cases("flux"), 2)
     gathers = program.graph.find_nodes(op="call_function", target=routing.gather_tokens)
     assert len(list(gathers)) == 3  # the stream, cos and sin
+
+
+class ReadingBlock(nn.Module):
+    """Each token reads a context by itself; nothing in front of the stream is the stream."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.query, self.feed = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, context: Tensor, condition: Tensor, stream: Tensor) -> Tensor:
+        query = self.query(stream) + condition[:, None]
+        read = functional.scaled_dot_product_attention(query, context, context)
+        stream = stream + read
+        return stream + self.feed(stream).sin()
+
+
+class ReadingDiT(OwnDiT):
+    """The stream is the last argument; the context is a text, the first stream, or the stream itself."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__(block=ReadingBlock, depth=2, side=4, width=16)
+        self.reads = reads
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        first, condition = self.embed(x, t)
+        tokens = first
+        for block in self.blocks:
+            context = {"text": text, "first": first, "itself": tokens}[self.reads]
+            tokens = block(context=context, condition=condition, stream=tokens)
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize("reads", ["text", "first"])
+@pytest.mark.parametrize("length", [5, 16])
+def test_the_stream_of_a_span_need_not_come_first(reads: str, length: int) -> None:
+    """16 text tokens are as many as image tokens: the shapes cannot tell them apart."""
+    model = ReadingDiT(reads).eval()
+    text = torch.randn(2, length, 16, generator=torch.Generator().manual_seed(1))
+    inputs = inputs_for(4, text=text)
+    routed = dcr.route(model, inputs, RoutingConfig(share_index=2))
+    (spec,) = routed.program.blocks
+    assert spec.members == ("blocks.0", "blocks.1")
+    frozen = dcr.freeze(routed, keep_ratio=0.5)[0]
+    weight = routed.program.module.routers[spec.name].score.weight[0]
+    with torch.no_grad():
+        assert equal(routed(**inputs), model(**inputs))
+        first, condition = model.embed(inputs["x"], inputs["t"])
+        expected = first.clone()
+        for row, stream in enumerate(first):  # (N, C): one sample at a time
+            kept = (stream @ weight).argsort(descending=True)[:8].sort().values
+            tokens = stream[None, kept]
+            context = (text if reads == "text" else first)[row : row + 1]
+            for block in model.blocks:
+                tokens = block(context, condition[row : row + 1], tokens)
+            expected[row, kept] = tokens[0]
+        torch.testing.assert_close(frozen(**inputs), model.image(expected), **CLOSE)
+
+
+def test_a_block_that_reads_all_of_its_stream_begins_a_span() -> None:
+    model = ReadingDiT("itself").eval()
+    inputs = inputs_for(4, text=torch.zeros(2, 5, 16))
+    program = dcr.route(model, inputs, RoutingConfig(share_index=2)).program
+    assert [spec.members for spec in program.blocks] == [("blocks.0",), ("blocks.1",)]

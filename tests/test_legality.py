@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 
+import diffcr_compile as dcr
 from diffcr_compile.blocks import BlockSpec, TokenAxis
 from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError
@@ -530,6 +533,176 @@ def test_a_row_of_blocks_is_opened_and_a_block_with_more_in_it_is_not(own: bool)
     inner = [f"blocks.{i}.blocks.{j}" for i in range(2) for j in range(2)]
     assert _names(found.blocks) == (["blocks.0", "blocks.1"] if own else inner)
     assert found.refused == ()
+
+
+class Counting(Block):
+    """Tokens with a position each; what becomes of the positions is an option."""
+
+    def __init__(self, returns: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.table, self.returns = nn.Embedding(40, 16), returns
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, condition: Tensor, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = super().forward(x + self.table(ids) * mask[..., None], condition)
+        kinds = {
+            "next": ids + 1,
+            "itself": ids,
+            "mask": (mask > 0) & (ids >= 0),
+            "size": mask.sum(),
+        }
+        return x, kinds[self.returns]
+
+
+class CountingDiT(models.OwnDiT):
+    """What a block returns beside its stream goes on to the next block, or nowhere."""
+
+    def __init__(self, returns: str, reads: bool) -> None:
+        super().__init__(block=functools.partial(Counting, returns), side=4)
+        self.reads = reads
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        ids = torch.arange(16).expand(len(x), -1)
+        mask = torch.ones(len(x), 16)
+        for block in self.blocks:
+            tokens, other = block(tokens, condition, ids, mask)
+            if self.reads and other.shape == ids.shape:
+                ids, mask = (other, mask) if other.dtype == ids.dtype else (ids, other)
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize(
+    ("returns", "reads", "reason"),
+    [
+        ("next", True, "permuting its image tokens does not permute its output"),
+        ("mask", True, "its output[1] has shape (2, 8) on 8 of 16 tokens and (2, 16) on all"),
+        ("next", False, None),
+        ("mask", False, None),
+        ("itself", True, None),  # the graph takes the input
+        ("size", False, None),
+    ],
+)
+def test_whole_numbers_that_a_block_returns_are_looked_at(
+    returns: str, reads: bool, reason: str | None
+) -> None:
+    model, inputs = CountingDiT(returns, reads).eval(), models.inputs_for(4)
+    found = find_blocks(model, (), inputs, granularity="block")
+    if reason is not None:
+        assert reason in {r.block: r.reason for r in found.refused}["blocks.0"]
+        return
+    assert _names(found.blocks) == ["blocks.0", "blocks.1"]
+    frozen = dcr.freeze(dcr.route(model, inputs), keep_ratio=0.5)
+    assert frozen[0](**inputs).shape == model(**inputs).shape
+
+
+class InPlace(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        x += super().forward(x, condition).sin()
+        return x
+
+
+class Dropping(Block):
+    """Dropout as a function is on unless it is told otherwise."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(functional.dropout(x, 0.1), condition)
+
+
+class Noisy(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, condition) + 0.1 * torch.randn_like(x)
+
+
+class Pushing(Block):
+    """The first half of a U: what it returns waits in a list for the second half."""
+
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        x = super().forward(x, condition)
+        skips.append(x)
+        return x
+
+
+class Popping(Block):
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(x + skips.pop(), condition)
+
+
+class ListDiT(models.OwnDiT):
+    def __init__(self) -> None:
+        super().__init__(side=4)
+        kinds = (Pushing, Pushing, Popping, Popping)
+        self.blocks = nn.ModuleList(kind(width=16) for kind in kinds)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        skips: list[Tensor] = []
+        for block in self.blocks:
+            tokens = block(tokens, condition, skips)
+        return self.image(tokens)
+
+
+BAD_HABITS = {
+    "it writes to its input args[0] in place": lambda: models.OwnDiT(block=InPlace, side=4),
+    "it is random, also in evaluation mode": lambda: models.OwnDiT(block=Dropping, side=4),
+    "it is random, also": lambda: models.OwnDiT(block=Noisy, side=4),
+    "it changes a list or a dict that it is given": ListDiT,
+}
+
+
+@pytest.mark.parametrize("reason", BAD_HABITS)
+def test_what_a_block_does_besides_computing_is_the_reason(reason: str) -> None:
+    model, inputs = BAD_HABITS[reason]().eval(), models.inputs_for(4)
+    findings = find_blocks(model, (), inputs)
+    assert findings.refused
+    for refusal in findings.refused:
+        assert reason in refusal.reason
+    planned = dcr.inspect(model, inputs).refused
+    assert set(planned) == {refusal.block for refusal in findings.refused}
+    assert all(reason in words for words in planned.values())
+
+
+class ChangingDiT(models.OwnDiT):
+    """Writes to its own input; the blocks do nothing of the kind."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5), t.mul_(0.5))
+
+
+def test_the_example_is_not_written_to() -> None:
+    inputs = models.inputs_for(4)
+    routed = dcr.route(ChangingDiT(side=4).eval(), inputs)
+    assert len(routed.program.blocks) == 2
+    for found, given in zip(inputs.values(), models.inputs_for(4).values(), strict=True):
+        assert torch.equal(found, given)
+
+
+class Alike(models.OwnDiT):
+    """``img_blocks`` beside ``img.blocks``."""
+
+    def __init__(self) -> None:
+        super().__init__(side=4, depth=0)
+        self.img_blocks = nn.ModuleList([Block(width=16)])
+        self.img = nn.Module()
+        self.img.blocks = nn.ModuleList([Block(width=16)])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        for block in (*self.img_blocks, *self.img.blocks):
+            tokens = block(tokens, condition)
+        return self.image(tokens)
+
+
+def test_of_two_blocks_that_are_one_name_in_a_graph_the_first_is_routed() -> None:
+    model, inputs = Alike().eval(), models.inputs_for(4)
+    program = dcr.route(model, inputs).program
+    assert _names(program.blocks) == ["img_blocks.0"]
+    (refusal,) = program.refused
+    assert refusal.block == "img.blocks.0"
+    assert "differ by dots and underscores only" in refusal.reason
+    frozen = dcr.freeze(program.module, keep_ratio=0.5)
+    assert frozen[0](**inputs).shape == model(**inputs).shape
 
 
 def test_describe_is_one_line_with_the_roles() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import diffcr_compile as dcr
 from diffcr_compile.macs import keep_levels, measure_costs
+from tests.model_parts import OwnDiT, inputs_for
 
 
 def dit_block_macs(kept: int, width: int) -> int:
@@ -76,3 +80,50 @@ def test_a_block_with_a_text_stream_is_never_skipped(cases) -> None:
     first, last = (costs.levels[name] for name in case.names)
     assert first[0] > 0
     assert last[0] == 0  # it returns the image only, so nobody misses it
+
+
+class TorchAttentionBlock(nn.Module):
+    """The attention of torch itself, which is one fused op in evaluation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        given = x + condition[:, None]
+        return x + self.attention(given, given, given, need_weights=False)[0]
+
+
+class TorchEncoderBlock(nn.Module):
+    """Attention and feed-forward of torch itself, likewise."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, 2, 4 * width, batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.layer(x + condition[:, None])
+
+
+@pytest.mark.parametrize(
+    ("block", "feed_forward"), [(TorchAttentionBlock, 0), (TorchEncoderBlock, 8)]
+)
+def test_fused_layers_of_torch_cost_what_the_formula_says(
+    block: type[nn.Module], feed_forward: int
+) -> None:
+    width, tokens = 16, 36
+    model, inputs = OwnDiT(block=block, depth=1).eval(), inputs_for()
+
+    def formula(kept: int) -> int:
+        return (4 + feed_forward) * width * width * kept + 2 * kept * kept * width
+
+    program = dcr.route(model, inputs).program
+    costs = measure_costs(program, multiple_of=12, min_keep_ratio=0.25)
+    (per_level,) = costs.per_level.values()
+    router = tokens * width
+    assert per_level == (formula(12) + router, formula(24) + router, formula(36))
+    (planned,) = dcr.inspect(model, inputs).details
+    assert planned.macs == formula(36)
+    assert torch.backends.mha.get_fastpath_enabled()

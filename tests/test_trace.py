@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffcr_compile as dcr
 from diffcr_compile.errors import CaptureError, UsageError
 from tests.conftest import equal
-from tests.model_parts import OwnDiT, inputs_for
+from tests.model_parts import Block, OwnDiT, inputs_for
 
 
 class NumpyDiT(OwnDiT):
@@ -265,3 +265,35 @@ def test_a_frozen_recorded_model_goes_through_onnx(tmp_path: Any) -> None:
         expected = frozen[0](**inputs)
     # fp32 rounding of another order of sums
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+class PassingBlock(Block):
+    """Reads positions and hands them through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.table = nn.Embedding(16, 16)
+
+    def forward(self, x: Tensor, condition: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x + self.table(ids), condition), ids
+
+
+class PassingDiT(OwnDiT):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        area = int(torch.tensor([x.shape[2], x.shape[3]]).numpy().prod())
+        tokens, condition = self.embed(x, t)
+        ids = torch.arange(area).expand(len(x), -1)
+        for block in self.blocks:
+            tokens, ids = block(tokens, condition, ids)
+        return self.image(tokens)
+
+
+def test_what_a_block_hands_through_stays_what_it_was() -> None:
+    """A routed block returns it cut, and the next one needs it whole."""
+    model, inputs = PassingDiT(block=PassingBlock, side=4).eval(), inputs_for(4)
+    routed = dcr.route(model, inputs)
+    assert "recorded" in routed.program.history[0]
+    assert len(routed.program.blocks) == 2
+    assert equal(routed(**inputs), model(**inputs))
+    frozen = dcr.freeze(routed, keep_ratio=0.5)[0]
+    assert frozen(**inputs).shape == model(**inputs).shape

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffcr_compile.calibrate.data import batched_inputs
 from diffcr_compile.config import RolloutConfig
 from diffcr_compile.errors import ResourceError
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, run_flat
 
 GIB = 2**30
@@ -93,7 +94,7 @@ def rollout_size(program: Program, config: RolloutConfig, steps: int) -> StatesS
 def _answer(program: Program) -> Tensor:
     """The first output as a tensor without memory."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
+    with kept_caches(program.module), mode, torch.no_grad():
         inputs = {name: mode.from_tensor(t) for name, t in program.example.items()}
         return run_flat(program, inputs)[0]
 

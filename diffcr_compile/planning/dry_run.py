@@ -39,6 +39,7 @@ from diffcr_compile.blocks import (
 from diffcr_compile.capture import capture
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.legality import (
     Examiner,
     Findings,
@@ -117,7 +118,7 @@ def dry_run(
     tree: Tree = map_leaves((tuple(args), dict(kwargs)), lambda _, leaf: with_data(leaf))
     try:
         whole, twin = shared_copy(model), fake_copy(model, mode)
-        with torch.no_grad():
+        with torch.no_grad(), kept_caches(twin):
             samples = two_samples(twin, *tree)
         first = FakeRun(whole, twin, samples, mode)
         views = guess_views(*samples, first.calls, first.output)
@@ -235,6 +236,9 @@ class _OnePerStructure(Examiner):
         moved: Moved | None,
         known: Sequence[BlockSpec],
     ) -> BlockSpec:
+        fault = self.seen.calls[name][0].fault if name in self.seen.calls else None
+        if fault:  # what stands in for a block does nothing to its arguments
+            raise IllegalError(fault)
         if len(calls) != 1 or moved is None:
             return examine(name, module, calls, moved, known)  # refuses it without a run
         key, axes, num_tokens = self._key(name, calls[0], moved)
@@ -371,7 +375,7 @@ def _capture(model: nn.Module, tree: Tree, findings: Findings) -> Program:
 def _check_traceable(name: str, block: nn.Module, call: Call) -> None:
     args, kwargs = call.tree
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_caches(block):
             torch.export.export(block, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(

@@ -14,10 +14,11 @@ from diffcr_compile.candidates import block_candidates
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import one_line
+from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.macs import flop_counter
 from diffcr_compile.planning.copies import to_fake
 from diffcr_compile.planning.op_trace import OpTrace, buffer_contents
-from diffcr_compile.recorded import Call
+from diffcr_compile.recorded import Call, Given
 from diffcr_compile.views import shown
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,7 +50,14 @@ class FakeRun:
         args, kwargs = map_leaves(tree, lambda _, leaf: to_fake(leaf, mode))
         handles = [h for name in names for h in self._watch(name)]
         try:
-            with forgotten_failures(), torch.no_grad(), mode, self.counter, self.trace:
+            with (
+                kept_caches(twin),
+                forgotten_failures(),
+                torch.no_grad(),
+                mode,
+                self.counter,
+                self.trace,
+            ):
                 self.output = twin(*args, **kwargs)
         finally:
             for handle in handles:
@@ -58,9 +66,11 @@ class FakeRun:
 
     def _watch(self, name: str) -> Iterator[Any]:
         flops = 0
+        given = Given((), {})
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal flops
+            nonlocal flops, given
+            given = Given(args, kwargs)
             flops = self.counter.get_total_flops()
             self.trace.start(module, (args, kwargs), self.contents[name])
 
@@ -68,7 +78,7 @@ class FakeRun:
             self.digests[name] = self.trace.stop(output)
             spent = (self.counter.get_total_flops() - flops) / 2 / self.batch
             self.macs[name] = self.macs.get(name, 0.0) + spent
-            call = Call((tuple(args), dict(kwargs)), output)
+            call = Call(given.tree, output, given.fault(args, kwargs))
             self.calls.setdefault(name, []).append(call)
 
         module = self.modules[name]
@@ -79,7 +89,8 @@ class FakeRun:
         """Trace of a block on half of its image tokens, or why it does not run on them."""
         key = (name, axes, num_tokens)
         if key not in self._halves:  # the tried block is compared with many
-            self._halves[key] = self._trace_half(name, axes, num_tokens)
+            with kept_caches(self.modules[name], self.mode):
+                self._halves[key] = self._trace_half(name, axes, num_tokens)
         return self._halves[key]
 
     def _trace_half(self, name: str, axes: tuple[TokenAxis, ...], num_tokens: int) -> str:

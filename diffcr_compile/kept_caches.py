@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 _LruCache: Any = functools._lru_cache_wrapper
 # How deep attributes of modules are followed: a helper object, its dict of tables, a list in it.
 _DEPTH = 3
+_TOOLS = {"torch", "sympy", "mpmath", "numpy", "onnx", "onnx_ir", "onnxscript", "typing", "re"}
 _WIDE = (torch.float64, torch.complex128)
 
 
@@ -108,8 +109,15 @@ def _drop_foreign(table: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 def _empty_functools_caches() -> None:
     for cache in gc.get_objects():
-        if type(cache) is _LruCache and any(map(_is_foreign, _cached(cache))):
+        if type(cache) is not _LruCache or _is_of_a_tool(cache):
+            continue
+        if cache.cache_info().currsize and any(map(_is_foreign, _cached(cache))):
             cache.cache_clear()
+
+
+def _is_of_a_tool(cache: Any) -> bool:
+    """Whether a cache is of a package that keeps thousands of them, and none of a model's tensors."""
+    return str(getattr(cache, "__module__", "")).partition(".")[0] in _TOOLS
 
 
 def _cached(cache: Any) -> Iterator[Any]:
@@ -134,6 +142,8 @@ def _tables_beside(module: nn.Module) -> Iterator[dict[Any, Any]]:
 
 def _is_foreign(value: Any) -> bool:
     """Whether a tensor in it has no data, or a type that experiments compute in."""
+    if not isinstance(value, (Tensor, tuple, list, dict)):
+        return False
     return any(
         isinstance(leaf, (FakeTensor, FunctionalTensor))
         or (isinstance(leaf, Tensor) and leaf.dtype in _WIDE)

@@ -123,8 +123,9 @@ def teacher_states(
     folder: Path | None,
     progress: Event | None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    key: str | None = None,
 ) -> TeacherStates:
-    """Training data from any source.
+    """Training data from any source; what a folder holds is taken up if it was made under the same key.
 
     Raises:
         UsageError: the data do not fit the model.
@@ -158,10 +159,10 @@ def teacher_states(
     with out_of_memory_in_words("rollouts.batch"):
         if data is not None:
             return data.teacher_states(
-                program, rollouts, config.routing, seed, folder, shard_done, ranks
+                program, rollouts, config.routing, seed, folder, shard_done, ranks, key
             )
         draw = conditions or example_conditions(program)
-        return roll_out(program, sampler, rollouts, draw, seed, folder, shard_done, ranks)
+        return roll_out(program, sampler, rollouts, draw, seed, folder, shard_done, ranks, key)
 
 
 def _tell_size(

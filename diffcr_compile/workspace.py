@@ -68,7 +68,12 @@ class Workspace:
 
     @contextlib.contextmanager
     def stage(self, name: str, key: str) -> Iterator[None]:
-        """Time a stage and record it if it ends well."""
+        """Time a stage and record it if it ends well.
+
+        An earlier record goes first: from here on its files may be replaced, one after the other.
+        """
+        if self.records.pop(name, None) is not None:
+            self._write()
         _reset_peak_memory()
         started = time.monotonic()
         yield

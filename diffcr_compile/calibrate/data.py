@@ -127,6 +127,7 @@ def roll_out(
     folder: Path | None = None,
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    key: str | None = None,
 ) -> TeacherStates:
     """Sample with the dense model and keep every state.
 
@@ -140,6 +141,7 @@ def roll_out(
         folder: where finished shards are kept; None keeps them in memory only.
         progress: called with ("rollouts", done, all).
         ranks: who shares the work, through the folder.
+        key: what the states depend on, see :func:`made_in_shards`.
     """
     if program.sample_input is None or program.timestep_input is None:
         raise UsageError(
@@ -157,7 +159,7 @@ def roll_out(
         return _one_shard(program, sampler, fine, conditions, generator, size)
 
     count = -(-config.trajectories // config.batch)
-    return join_shards(program, made_in_shards(count, shard, folder, progress, ranks))
+    return join_shards(program, made_in_shards(count, shard, folder, progress, ranks, key))
 
 
 def _one_shard(

@@ -138,6 +138,8 @@ _ROWS = (
      "Set calibration.train to router or all."),
     ("DCR-U076", "sampling steps that cannot be distilled", "rollouts.substeps is above 1, and the sampler has no smaller steps, remembers earlier ones or clips; or the calibration does not learn from rollouts.",
      "Use flow matching or DDIM with timestep_spacing=\"trailing\" and clip_sample=False, or set rollouts.substeps to 1."),
+    ("DCR-U077", "weights in half precision cannot be trained", "calibration.train is all or lora, and the weights that it trains are fp16 or bf16, where small steps are rounded away or overflow.",
+     "Call .float() on the model and give fp32 inputs; calibration.precision: bf16 brings the speed back. Or set calibration.train to router."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

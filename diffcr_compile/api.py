@@ -23,7 +23,7 @@ from diffcr_compile.calibration_keys import (
 )
 from diffcr_compile.carry_over import carry_over
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
-from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
+from diffcr_compile.config_text import effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.folder_lock import locked
@@ -74,7 +74,7 @@ from diffcr_compile.stages import (
     uniform_schedule,
 )
 from diffcr_compile.vector_math import settle_vector_math
-from diffcr_compile.workspace import fingerprint
+from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
 
 settle_vector_math()  # at import, because the user's model is often built after it
 

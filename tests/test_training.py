@@ -253,7 +253,7 @@ def test_the_size_of_rollouts_is_that_of_their_files(case: Case, tmp_path: Path)
 
 def settings(max_gib: float) -> CompileConfig:
     return make_config({
-        "routing": {"timestep_high": 1.0},
+        "routing": {"timestep_high": 1.0, "buckets": 2},
         "rollouts": {"trajectories": 4, "batch": 2, "steps": 2, "max_gib": max_gib},
     })  # fmt: skip
 

@@ -16,9 +16,14 @@ from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
+from diffcr_compile.calibration_keys import (
+    calibration_settings,
+    keys_in_a_folder,
+    states_identity,
+)
 from diffcr_compile.carry_over import carry_over
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
-from diffcr_compile.config_text import EFFECTIVE_FILE, effective_yaml
+from diffcr_compile.config_text import effective_yaml
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.folder_lock import locked
@@ -44,7 +49,6 @@ from diffcr_compile.resumable import (
     Compiled,
     Evaluate,
     calibrated,
-    calibration_settings,
     dense_exported,
     evaluated,
     exported,
@@ -70,7 +74,7 @@ from diffcr_compile.stages import (
     uniform_schedule,
 )
 from diffcr_compile.vector_math import settle_vector_math
-from diffcr_compile.workspace import fingerprint
+from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
 
 settle_vector_math()  # at import, because the user's model is often built after it
 
@@ -184,7 +188,9 @@ def calibrate(
         conditions: for rollouts: ``conditions(generator, count)`` draws every input but sample and
             timestep; by default those of the example.
         folder: where resumable state is kept; None for none.
-        key: fingerprint of what the state belongs to.
+        key: what the state belongs to, beside what is compared anyway: the model's weights and shapes, budget, settings,
+            sampler, the conditions drawn, and the content of data that are a list, a tuple or teacher states. Of other
+            data (a generator, a data set, latents) only the class is compared: name it here.
         progress: called with (stage, done, all, figures).
 
     Raises:
@@ -194,9 +200,14 @@ def calibrate(
     program = program_of(routed, Stage.ROUTED)
     share = parse_budget(budget)
     check_budget(budget_costs(program, config), share)
+    sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    rollouts_key = None
+    if folder is not None:
+        made_from = states_identity(program, data, config, sampler, conditions)
+        rollouts_key, key = keys_in_a_folder(program, made_from, config, share, key)
     with joined_ranks(config.calibration.rank_timeout) as ranks:
         states = teacher_states(
-            program, data, config, sampler, conditions, folder, progress, ranks
+            program, data, config, sampler, conditions, folder, progress, ranks, rollouts_key
         )
         return learn(program, states, config, share, folder, key, progress, ranks)
 
@@ -320,7 +331,8 @@ def compile(
         budget: see :func:`calibrate`; 60 % by default, or that of `learned_from`.
         learned_from: an artifact of the same model at another resolution or batch size. Its routers, ratios
             and weights are taken instead of a calibration, and only the schedule is solved anew.
-        data: see :func:`calibrate`.
+        data: see :func:`calibrate`. Where it changes between two calls the second one trains anew, if it is a list, a tuple
+            or teacher states; the content of anything else is not compared, so name a new folder for it.
         config: settings.
         sampler: for rollouts and for the benchmark's sampling loop.
         conditions: for rollouts.
@@ -359,19 +371,31 @@ def compile(
             costs = cost_table(routed, config.routing)
             priced = budget_costs(routed, config)
             check_budget(priced, share)
-        settings = calibration_settings(config)
-        key = fingerprint(identity, share, settings, asked.metered, data is not None)
+        settings, given = calibration_settings(config), runs if data is None else data
+        made_from = states_identity(routed, given, config, sampler, conditions)
+        rollouts_key = fingerprint(identity, made_from)
+        key = fingerprint(identity, share, settings, asked.metered, made_from)
         if learned is not None:
             key = fingerprint(key, sha256_file(learned.folder / MANIFEST_FILE))
-        given = runs if data is None else data
         if not ranks.leads:
-            take_part(Path(out), routed, given, share, config, sampler, conditions, ranks)
+            take_part(
+                Path(out),
+                rollouts_key,
+                routed,
+                given,
+                share,
+                config,
+                sampler,
+                conditions,
+                ranks,
+            )
             early = until in ("calibrate", "freeze")
             return Artifact(Path(out), None if early else read_manifest(Path(out)))
         if learned is None:
             result = calibrated(
-                space, key, routed, given, share, config, sampler, conditions, progress, ranks
-            )
+                space, key, rollouts_key, routed, given, share, config, sampler, conditions, progress,
+                ranks,
+            )  # fmt: skip
         else:
             with space.stage("calibrate", key):
                 ranks.total(1.0)  # nothing is left for the others to learn

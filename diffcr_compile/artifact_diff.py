@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffcr_compile.config_text import EFFECTIVE_FILE
 from diffcr_compile.data_files import read_json, read_yaml
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, read_manifest
+from diffcr_compile.workspace import EFFECTIVE_FILE
 
 Row = dict[str, Any]
 # report.json: what a reader compares first, by the path of keys

@@ -139,8 +139,9 @@ class CalibrationConfig(_Section):
         ge=0,
         le=8,
         description="how often the schedule is solved again over errors measured on the model as trained "
-        "by then, the last time before the steps that settle it; null: once with `ratios: errors`, else "
-        "never; not with `ratios: uniform`",
+        "by then, the last time before the steps that settle it; null: once with `ratios: errors`, where some steps "
+        "come before and some settle it, else never. With `ratios: gradient` at most once, where learning ends; not with "
+        "`ratios: uniform`",
     )
     ratios_per: Literal["block_and_bucket", "block", "bucket"] = Field(
         default="block_and_bucket",
@@ -187,8 +188,45 @@ class CalibrationConfig(_Section):
         gt=0,
         description="seconds that one process of several waits for the others",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of routers, batches, rollouts and adapters"
+    )
     save_every: int = Field(default=20, ge=1, description="steps between resumable states")
+
+    @property
+    def learn_steps(self) -> int:
+        """Steps before those that settle the schedule."""
+        return self.steps - round(self.settle * self.steps)
+
+    @property
+    def from_errors(self) -> bool:
+        """Whether the schedule is solved over measured errors; without steps nothing else can tell."""
+        return self.ratios == "errors" or (self.steps == 0 and self.ratios == "gradient")
+
+    @property
+    def resolve_steps(self) -> frozenset[int]:
+        """Before which steps, from 0, the schedule is solved again over measured errors."""
+        times, last = self.resolves, self.learn_steps
+        if times is None:
+            times = int(self.from_errors)
+        found = {round(last * (i + 1) / times) for i in range(times)}
+        if self.ratios == "gradient":  # before that there is no schedule to solve again
+            found &= {last}
+        if self.ratios == "uniform":
+            found = set()
+        return frozenset(step for step in found if 0 < step < self.steps)
+
+    @model_validator(mode="after")
+    def _schedules_are_solved_as_often_as_asked(self) -> CalibrationConfig:
+        possible = len(self.resolve_steps)
+        if self.resolves is not None and possible < self.resolves:
+            raise ValueError(
+                f"resolves: {self.resolves} asks to solve the schedule again so often, and with ratios: {self.ratios}, "
+                f"steps: {self.steps} and settle: {self.settle:g} it happens {possible} times. It takes steps before it and "
+                "steps that settle it, one of these for each time; with ratios: gradient it happens once, with uniform "
+                "never. Lower resolves, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_gradients_are_tied(self) -> CalibrationConfig:

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from diffcr_compile.config import CompileConfig, load_config
 
-EFFECTIVE_FILE = "effective_config.yaml"
 SCHEMA_ID = "diffcr.schema.json"
 _ORIGIN = re.compile(r"  (\w+): .*  # (.*)$")
 _SECTIONS = {

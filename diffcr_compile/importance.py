@@ -62,12 +62,9 @@ def token_importance(
     shown = set(np.linspace(0, len(timesteps) - 1, SHOWN_STEPS).round().astype(int).tolist())
     kept_steps, samples, shares = [], [], []
     for step, value in enumerate(timesteps):
-        program = frozen[schedule.buckets.index_of(value)]
-        call = {
-            **program.example,
-            sample_name: sample,
-            time_name: _filled(program.example[time_name], value),
-        }
+        time = _filled(first.example[time_name], value)
+        program = frozen[schedule.buckets.index_of(float(time.flatten()[0]))]  # as at run time
+        call = {**program.example, sample_name: sample, time_name: time}
         watch = _Watch(program, tokens)
         outputs = flat_tensors(watch.run(*call.values()))
         if step in shown:

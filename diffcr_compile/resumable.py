@@ -20,12 +20,12 @@ from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.lora import adapted_layers
-from diffcr_compile.calibrate.samplers import Sampler
+from diffcr_compile.calibrate.samplers import Sampler, sampler_identity
 from diffcr_compile.calibrate.trained import own_weights
+from diffcr_compile.calibration_keys import ROUTER
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.drift import trajectory_drift
 from diffcr_compile.durable import (
-    atomic_write_bytes,
     disk_errors_in_words,
     write_json_atomic,
 )
@@ -51,8 +51,6 @@ from diffcr_compile.stages import (
 from diffcr_compile.tensor_file import write_tensors
 from diffcr_compile.workspace import Workspace, fingerprint
 
-# settings of the calibration that change no result
-NO_EFFECT = {"checkpointing", "rank_timeout", "save_every"}
 Evaluate = Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]
 
 
@@ -73,6 +71,7 @@ class Compiled:
 def calibrated(
     space: Workspace,
     key: str,
+    rollouts_key: str,
     routed: Program,
     data: Data,
     budget: float,
@@ -93,15 +92,10 @@ def calibrated(
         load_trained(routed, weights, config)
         return _result_from_json(json.loads(summary.read_text()), routed, config)
     folder = space.subfolder("calibration")
-    rollout_key = fingerprint(
-        space.records["capture"]["key"], config.rollouts.model_dump(), config.calibration.seed
-    )
-    if not space.finished("rollouts", rollout_key):
-        _forget_rollouts(folder, rollout_key)
-    with space.stage("rollouts", rollout_key):
-        ranks.total(0.0)  # nothing of other settings lies in the folder any more
+    with space.stage("rollouts", rollouts_key):
+        ranks.total(0.0)  # there is something to learn
         states = teacher_states(
-            routed, data, config, sampler, conditions, folder, progress, ranks
+            routed, data, config, sampler, conditions, folder, progress, ranks, rollouts_key
         )
     with space.stage("calibrate", key):
         result = learn(routed, states, config, budget, folder, key, progress, ranks)
@@ -113,6 +107,7 @@ def calibrated(
 
 def take_part(
     out: Path,
+    rollouts_key: str,
     routed: Program,
     data: Data,
     budget: float,
@@ -125,7 +120,9 @@ def take_part(
     calibrated_before = ranks.total(0.0) > 0
     if not calibrated_before:
         folder = out / "calibration"
-        states = teacher_states(routed, data, config, sampler, conditions, folder, None, ranks)
+        states = teacher_states(
+            routed, data, config, sampler, conditions, folder, None, ranks, rollouts_key
+        )
         learn(routed, states, config, budget, ranks=ranks)
     ranks.wait_for_leader()
 
@@ -140,21 +137,6 @@ def workspace_of(out: Path, ranks: Ranks) -> Iterator[Workspace]:
             return
         with tempfile.TemporaryDirectory() as folder, Workspace(Path(folder) / "rank") as own:
             yield own
-
-
-def calibration_settings(config: CompileConfig) -> dict[str, Any]:
-    """The settings that a calibration's result depends on."""
-    return config.model_dump(exclude={"export": True, "run": True, "calibration": NO_EFFECT})
-
-
-def _forget_rollouts(folder: Path, key: str) -> None:
-    """Shards of other settings must not be taken for ours."""
-    marker = folder / "rollouts.key"
-    if marker.exists() and marker.read_text() == key:
-        return
-    for shard in folder.glob("rollouts_*.safetensors"):
-        shard.unlink()
-    atomic_write_bytes(marker, key.encode())
 
 
 def keep_schedule(space: Workspace, frozen: Program) -> None:
@@ -175,7 +157,10 @@ def exported(
     guidance: Guidance | None = None,
 ) -> Manifest:
     """The artifact, or the one of an earlier run; all but fp32 is tried on a sampling run of these timesteps."""
-    key = fingerprint(key, config.export.model_dump())
+    tried = None  # only other precisions are tried on a sampling run
+    if config.export.precision != "fp32":
+        tried = [list(timesteps), sampler_identity(sampler) if sampler else None]
+    key = fingerprint(key, config.export.model_dump(), tried)
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
         verify_artifact(space.folder, manifest)
@@ -257,7 +242,7 @@ def _trained_tensors(routed: Program, config: CompileConfig) -> dict[str, Tensor
     return {
         name: p
         for name, p in routed.module.named_parameters()
-        if train == "all" or name in merged or "_select.router." in name
+        if train == "all" or name in merged or ROUTER in name
     }
 
 

@@ -62,6 +62,31 @@ class TimestepBuckets:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def weighted_by(self, timesteps: Sequence[float]) -> TimestepBuckets:
+        """The same ranges, each weighted by its share of these sampling steps.
+
+        Timesteps reach a model, and the choice of its graph, in fp32; inner edges are rounded alike, so that a step on an
+        edge lies below it there and here.
+
+        Raises:
+            UsageError: a range that no step falls into: nothing could be learned for it, and it would cost nothing.
+        """
+        low, *inner, high = self.edges
+        rounded = dataclasses.replace(self, edges=(low, *map(_in_fp32, inner), high))
+        counts = [0] * len(self)
+        for timestep in timesteps:
+            counts[rounded.index_of(_in_fp32(timestep))] += 1
+        empty = [span for span, count in zip(self.ranges(), counts, strict=True) if count == 0]
+        if empty:
+            raise UsageError(
+                f"no sampling step has a timestep in {empty}; the {len(timesteps)} steps of the sampler run from "
+                f"{min(timesteps):g} to {max(timesteps):g}. Set fewer routing.buckets, sample with more steps, or set "
+                "routing.timestep_low and timestep_high to the sampler's range.",
+                code="DCR-U073",
+            )
+        weights = tuple(count / len(timesteps) for count in counts)
+        return dataclasses.replace(rounded, weights=weights)
+
     def index_of(self, timestep: float) -> int:
         """The bucket of a timestep value.
 
@@ -249,6 +274,10 @@ class TokenSchedule:
             ) from error
 
 
+def _in_fp32(value: float) -> float:
+    return float(np.float32(value))
+
+
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 31:
         raise ValueError(f"{str(value)[:40]} is no number of tokens")
@@ -321,13 +350,18 @@ def solve_schedule(
         levels = np.array(costs.levels[block], dtype=np.float64)
         away = levels[None] / levels[-1] - ratios.values[row][:, None]  # (buckets, levels)
         penalties[block] = costs.per_level[block][-1] * away**2
-    return solve_least(penalties, costs, buckets, budget)
+    return solve_least(penalties, costs, buckets, budget, spend=True)
 
 
 def solve_least(
-    penalties: Mapping[str, Floats], costs: CostTable, buckets: TimestepBuckets, budget: float
+    penalties: Mapping[str, Floats],
+    costs: CostTable,
+    buckets: TimestepBuckets,
+    budget: float,
+    *,
+    spend: bool = False,
 ) -> TokenSchedule:
-    """The schedule of least penalty that costs at most `budget` and wastes next to nothing.
+    """The schedule of least penalty that costs at most `budget` and, if there is one, wastes next to nothing.
 
     Exact multiple-choice knapsack by dynamic programming over the cost.
 
@@ -337,6 +371,8 @@ def solve_least(
         costs: what each block costs at each level.
         buckets: the timestep buckets.
         budget: share of the dense model's cost in (0, 1].
+        spend: where no schedule wastes next to nothing, still waste as little as possible: for penalties that count too
+            many tokens as well as too few. None of these is then chosen that costs as much as one with more tokens.
 
     Raises:
         BudgetError: no schedule is as cheap as that.
@@ -351,7 +387,7 @@ def solve_least(
         )
         for block, column in cells
     ]
-    picked = _least_penalty(choices, available, COST_STEPS_PER_CELL * len(cells))
+    picked = _least_penalty(choices, available, COST_STEPS_PER_CELL * len(cells), spend)
     kept: dict[str, list[int]] = {block: [0] * len(buckets) for block in penalties}
     for (block, column), level in zip(cells, picked, strict=True):
         kept[block][column] = costs.levels[block][level]
@@ -366,9 +402,12 @@ def solve_least(
 
 
 def _least_penalty(
-    choices: Sequence[tuple[Floats, Floats]], available: float, steps: int
+    choices: Sequence[tuple[Floats, Floats]], available: float, steps: int, spend: bool
 ) -> list[int]:
-    """Pick one level per cell: least penalty with cost in ((1 - UNUSED_SHARE) * available, available]."""
+    """Pick one level per cell: least penalty with cost in ((1 - UNUSED_SHARE) * available, available].
+
+    Where no choice lies in there: the least penalty of all that fit; or, to `spend`, that of the dearest that fit.
+    """
     cheapest = sum(float(macs.min()) for macs, _ in choices)
     dense = sum(float(macs[-1]) for macs, _ in choices)
     # At both ends there is nothing to choose, and rounding the costs up would spoil the answer.
@@ -376,7 +415,33 @@ def _least_penalty(
         return [len(macs) - 1 for macs, _ in choices]
     if available - cheapest <= 1e-9 * dense:
         return [int(np.argmin(macs)) for macs, _ in choices]
-    unit = available / steps
+    unit, window = available / steps, int(steps * (1 - UNUSED_SHARE))
+    best, taken = _penalties(choices, unit, steps)
+    reachable = np.flatnonzero(np.isfinite(best))
+    if (
+        len(reachable) == 0
+    ):  # rounding up each cell left nothing: every cell at its cheapest fits
+        return [int(np.argmin(macs)) for macs, _ in choices]
+    open_to = reachable[reachable >= window]
+    if len(open_to) == 0 and spend:
+        best, taken = _penalties([_undercut(*choice) for choice in choices], unit, steps)
+        reachable = np.flatnonzero(np.isfinite(best))
+        open_to = reachable[reachable >= reachable[-1] - UNUSED_SHARE * steps]
+    elif len(open_to) == 0:
+        open_to = reachable
+    return _walk_back(choices, taken, int(open_to[np.argmin(best[open_to])]), unit)
+
+
+def _undercut(macs: Floats, penalty: Floats) -> tuple[Floats, Floats]:
+    """The same choice without levels that cost as much as one with more tokens, as measured ones may: dear is no use."""
+    least_above = np.append(np.minimum.accumulate(macs[::-1])[::-1][1:], np.inf)
+    return macs, np.where(macs < least_above, penalty, np.inf)
+
+
+def _penalties(
+    choices: Sequence[tuple[Floats, Floats]], unit: float, steps: int
+) -> tuple[Floats, list[npt.NDArray[np.int16]]]:
+    """The least penalty at each cost in units, and which level of each cell it took."""
     best = np.full(
         steps + 1, np.inf
     )  # best[c]: least penalty of the cells so far at cost exactly c
@@ -397,24 +462,16 @@ def _least_penalty(
             after[better], choice[better] = candidate[better], level
         best = after
         taken.append(choice)
-    return _walk_back(choices, taken, best, unit, steps)
+    return best, taken
 
 
 def _walk_back(
     choices: Sequence[tuple[Floats, Floats]],
     taken: Sequence[npt.NDArray[np.int16]],
-    best: Floats,
+    at: int,
     unit: float,
-    steps: int,
 ) -> list[int]:
-    full = int(steps * (1 - UNUSED_SHARE))
-    reachable = np.flatnonzero(np.isfinite(best))
-    if (
-        len(reachable) == 0
-    ):  # rounding up each cell left nothing: every cell at its cheapest fits
-        return [int(np.argmin(macs)) for macs, _ in choices]
-    well_used = reachable[reachable >= full]
-    at = int(well_used[np.argmin(best[well_used])]) if len(well_used) else int(reachable[-1])
+    """The levels that led to the cost `at`, in units."""
     picked = []
     for (macs, _), choice in zip(reversed(choices), reversed(taken), strict=True):
         level = int(choice[at])

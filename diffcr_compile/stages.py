@@ -123,8 +123,9 @@ def teacher_states(
     folder: Path | None,
     progress: Event | None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    key: str | None = None,
 ) -> TeacherStates:
-    """Training data from any source.
+    """Training data from any source; what a folder holds is taken up if it was made under the same key.
 
     Raises:
         UsageError: the data do not fit the model.
@@ -155,13 +156,28 @@ def teacher_states(
     sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
     _tell_size(program, data, config.rollouts, sampler, folder, progress)
     rollouts, seed = config.rollouts, config.calibration.seed
+    buckets = _buckets_by_steps(data, config.routing, sampler)
     with out_of_memory_in_words("rollouts.batch"):
         if data is not None:
-            return data.teacher_states(
-                program, rollouts, config.routing, seed, folder, shard_done, ranks
+            states = data.teacher_states(
+                program, rollouts, config.routing, seed, folder, shard_done, ranks, key
             )
-        draw = conditions or example_conditions(program)
-        return roll_out(program, sampler, rollouts, draw, seed, folder, shard_done, ranks)
+        else:
+            draw = conditions or example_conditions(program)
+            states = roll_out(
+                program, sampler, rollouts, draw, seed, folder, shard_done, ranks, key
+            )
+    return dataclasses.replace(states, buckets=buckets)
+
+
+def _buckets_by_steps(
+    runs: PipelineRuns | None, config: RoutingConfig, sampler: Sampler
+) -> TimestepBuckets:
+    """Timestep buckets whose weights are their shares of the sampling steps, which a budget is a mean over."""
+    even = even_buckets(config)
+    if runs is None:
+        return even.weighted_by(sampler.timesteps)
+    return runs.buckets(config) or even.weighted_by(runs.timesteps)
 
 
 def _tell_size(
@@ -255,7 +271,8 @@ def sampling_states(
         inputs = {**example, sample: given, name: torch.full_like(time, timestep)}
         found.append(inputs)
         if sampler is not None:
-            program = frozen[schedule.buckets.index_of(timestep)]
+            # as the model gets it, which is how the runtime looks it up
+            program = frozen[schedule.buckets.index_of(float(inputs[name].flatten()[0]))]
             state = sampler.step(run_flat(program, inputs)[0], step, state)
     return found
 

@@ -26,6 +26,14 @@ from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.folder_lock import LOCK_FILE, take_lock
 
 STAGES_FILE = "stages.json"
+EFFECTIVE_FILE = "effective_config.yaml"
+# One of these says that a folder is ours, also where another was deleted because it was damaged.
+OWN_FILES = (
+    STAGES_FILE,
+    EFFECTIVE_FILE,
+    "calibration/rollouts.key",
+    "calibration/state.safetensors",
+)
 
 
 class Workspace:
@@ -68,7 +76,12 @@ class Workspace:
 
     @contextlib.contextmanager
     def stage(self, name: str, key: str) -> Iterator[None]:
-        """Time a stage and record it if it ends well."""
+        """Time a stage and record it if it ends well.
+
+        An earlier record goes first: from here on its files may be replaced, one after the other.
+        """
+        if self.records.pop(name, None) is not None:
+            self._write()
         _reset_peak_memory()
         started = time.monotonic()
         yield
@@ -151,9 +164,9 @@ def check_ours(folder: Path) -> None:
             f"the artifact cannot be written into {folder}: {above} is a file. Name a new folder.",
             code="DCR-U016",
         )
-    if not folder.exists() or (folder / STAGES_FILE).exists():
+    if any((folder / name).exists() for name in OWN_FILES):
         return
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     # a run that was killed at its very start leaves these
     foreign = [n for n in names if n != LOCK_FILE and not n.endswith(PARTIAL_SUFFIX)]
     if foreign:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import itertools
 import json
 import math
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,7 @@ from diffcr_compile.program import Program, run_flat
 from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule, cost_of
 from tests import models
 from tests.conftest import keeping
+from tests.model_parts import OwnDiT
 
 BUCKETS = TimestepBuckets.even(2)
 FAST = {"steps": 8, "batch": 4, "save_every": 2, "settle": 0.5, "ratios": "gradient"}
@@ -184,6 +187,101 @@ def test_empty_data_and_empty_buckets_are_refused(cases, states: TeacherStates) 
         label_states(cases("dit").captured, [])
     with pytest.raises(UsageError, match="no training state has a timestep"):
         states.by_bucket(TimestepBuckets((0.0, 1.0, 1000.0), (0.5, 0.5)))
+
+
+def _batch(**change: object) -> dict[str, object]:
+    good = {
+        "hidden_states": torch.zeros(3, 1, 16, 16),
+        "timestep": torch.tensor([1.0, 2.0, 3.0]),
+        "class_labels": torch.tensor([0, 1, 2]),
+    }
+    return {**good, **change}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_batch(), "is a dict, expected several batches"),
+        (torch.zeros(3, 1, 16, 16), "is a Tensor, expected several batches"),
+        (5, "is a int, expected several batches"),
+        ([torch.zeros(3, 1, 16, 16)], "batch 0 is a Tensor, expected a mapping"),
+        ([_batch(hidden_states=np.zeros((3, 1, 16, 16)))], "is a ndarray, expected a tensor"),
+        ([_batch(hidden_states=torch.zeros(3, 1, 16, 16).double())], r"is torch.float64, expected torch.float32"),
+        ([_batch(hidden_states=torch.zeros(3, 1, 16, 16).half())], r"is torch.float16, expected torch.float32"),
+        ([_batch(timestep=torch.tensor([1, 2, 3]).int())], "timestep is torch.int32, expected"),
+        ([_batch(), _batch(timestep=torch.tensor([1.0]))], "batch 1 needs one batch size"),
+        ([{n: t[:0] for n, t in _batch().items()}], "one batch size of at least 1"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit_is_refused_in_words(cases, data: object, message: str) -> None:
+    program = cases("dit").captured
+    want = program.example["timestep"].dtype
+    if isinstance(data, list):  # the model's own type, where it is not what the case is about
+        for batch in data:
+            t = batch.get("timestep") if isinstance(batch, dict) else None
+            if isinstance(t, torch.Tensor) and t.dtype == torch.float32:
+                batch["timestep"] = t.to(want)
+    with pytest.raises(UsageError, match=message) as caught:
+        label_states(program, data)
+    assert caught.value.code == "DCR-U072"
+
+
+class Styled(OwnDiT):
+    """An input without a batch axis."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + style[None, :, None, None], t)
+
+
+class OneTime(OwnDiT):
+    """One timestep for the whole batch."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, t.expand(x.shape[0]))
+
+
+def test_an_input_without_a_batch_axis_must_be_the_same_in_all_batches() -> None:
+    inputs = {"x": torch.randn(3, 2, 6, 6), "t": torch.rand(3), "style": torch.ones(2)}
+    program = dcr.route(Styled().eval(), inputs).program
+    label_states(program, [inputs, dict(inputs)])
+    with pytest.raises(UsageError, match="style has no batch axis and differs") as caught:
+        label_states(program, [inputs, {**inputs, "style": torch.zeros(2)}])
+    assert caught.value.code == "DCR-U072"
+
+
+def test_one_timestep_for_all_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(2, 2, 6, 6), "t": torch.tensor(0.5)}
+    program = dcr.route(OneTime().eval(), inputs).program
+    with pytest.raises(UsageError, match=r"has no batch axis.*one timestep per sample"):
+        roll_out(program, FlowEuler(2, 1.0), RolloutConfig(), lambda *_: {}, 0, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="has no batch axis"):
+        label_states(program, [inputs])
+
+
+def test_the_budget_is_met_over_the_steps_of_the_sampler(cases) -> None:
+    """Of a shifted schedule half of the steps fall into the upper quarter of the timesteps."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sampler = SchedulerSampler(scheduler, 20)
+    config = make_config(
+        {"routing": {"multiple_of": 2, "skip_blocks": True, "min_keep_ratio": 0.1},
+         "rollouts": {"trajectories": 2, "batch": 2},
+         "calibration": {"steps": 0, "train": "router", "batch": 2}}
+    )  # fmt: skip
+    result = dcr.calibrate(
+        copy.deepcopy(cases("dit").routed).attached().module, budget="60%", config=config,
+        sampler=sampler, conditions=labels,
+    )  # fmt: skip
+    schedule = result.schedule
+    assert schedule.buckets.weights == (0.1, 0.15, 0.25, 0.5)
+    per_bucket = [
+        result.costs.outer
+        + sum(result.costs.at(b, kept[i]) for b, kept in schedule.kept_tokens.items())
+        for i in range(4)
+    ]
+    loop = [per_bucket[schedule.buckets.index_of(t)] for t in sampler.timesteps]
+    assert sum(loop) / 20 / result.costs.dense == pytest.approx(schedule.reached)
+    assert schedule.reached <= 0.6
 
 
 # --------------------------------------------------------------------------------- ratios
@@ -340,6 +438,42 @@ def test_only_ratios_that_are_learned_can_be_tied(options: dict) -> None:
     """Anything else would say one thing in the settings and do another."""
     with pytest.raises(UsageError, match="set ratios: gradient and steps above 0"):
         make_config({"calibration": {**FAST, **options, "ratios_per": "block"}})
+
+
+@pytest.mark.parametrize(
+    ("options", "happens"),
+    [
+        ({"ratios": "errors", "resolves": 2}, {2, 4}),
+        ({"ratios": "errors"}, {4}),
+        ({"ratios": "errors", "settle": 0.0}, set()),
+        ({"ratios": "errors", "settle": 0.0, "resolves": 1}, None),
+        ({"ratios": "errors", "settle": 1.0, "resolves": 1}, None),
+        ({"ratios": "errors", "steps": 4, "resolves": 3}, None),
+        ({"ratios": "gradient", "resolves": 1}, {4}),
+        ({"ratios": "gradient"}, set()),
+        ({"ratios": "gradient", "resolves": 2}, None),
+        ({"ratios": "uniform", "resolves": 1}, None),
+        ({"ratios": "uniform", "resolves": 0}, set()),
+        ({"steps": 0}, set()),
+        ({"steps": 0, "resolves": 1}, None),
+    ],
+)
+def test_a_schedule_is_solved_again_as_often_as_asked_or_refused(
+    options: dict, happens: set[int] | None
+) -> None:
+    """``FAST`` has 8 steps, of which half settle."""
+    if happens is None:
+        with pytest.raises(UsageError, match=r"resolves: .* it happens") as caught:
+            make_config({"calibration": {**FAST, **options}})
+        assert caught.value.code == "DCR-U010"
+        return
+    assert CalibrationConfig(**{**FAST, **options}).resolve_steps == happens
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    make_config({"calibration": {"seed": 2**32 - 1}})
+    with pytest.raises(UsageError, match="seed"):
+        make_config({"calibration": {"seed": 2**50}})
 
 
 def test_gradient_of_a_ratio_is_the_slope_of_the_loss(states: TeacherStates) -> None:

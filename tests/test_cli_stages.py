@@ -192,6 +192,10 @@ def test_damaged_stages_are_named_by_the_dry_run_too(
     (tmp_path / "out/stages.json").write_text('{"capture": ')
     assert run(monkeypatch, "freeze", str(tmp_path / "out"), "--dry-run") == 7
     assert "DCR-A002" in capsys.readouterr().err
+    (tmp_path / "out/stages.json").unlink()  # as the message says
+    assert run(monkeypatch, "freeze", str(tmp_path / "out"), "--dry-run") == 0
+    assert run(monkeypatch, "freeze", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out/stages.json").exists()
 
 
 # ------------------------------------------------------------------------- init and its schema

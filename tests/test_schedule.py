@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from diffcr_compile.errors import BudgetError, UsageError
@@ -21,6 +22,7 @@ from diffcr_compile.schedule import (
     TokenSchedule,
     check_budget,
     cost_of,
+    solve_least,
     solve_schedule,
 )
 
@@ -149,6 +151,106 @@ def test_the_solver_against_brute_force(
     elif fits:  # nothing comes that near, then next to nothing of what could be used is wasted
         most = max(c for c, _ in fits)
         assert spent - costs.outer >= most - available * (ROUNDING + UNUSED_SHARE) - slack
+
+
+@st.composite
+def measured(
+    draw: st.DrawFn,
+) -> tuple[CostTable, TimestepBuckets, dict[str, np.ndarray], float]:
+    """Costs that need not fall with the tokens, as measured ones, and penalties that do."""
+    count, columns = draw(st.sampled_from([(2, 1), (2, 2), (3, 1), (4, 1)]))
+    numbers = st.lists(st.floats(1, 10), min_size=3, max_size=3)
+    blocks = {f"b{n}": ((4, 8, 16), tuple(draw(numbers))) for n in range(count)}
+    costs = make_costs(blocks, draw(st.floats(0, 5)))
+    errors = st.lists(st.floats(0, 1), min_size=2, max_size=2)
+    penalties = {
+        name: np.array([[*sorted(draw(errors), reverse=True), 0.0] for _ in range(columns)])
+        for name in blocks
+    }
+    smallest = costs.smallest_budget()
+    budget = smallest + draw(st.floats(0, 1)) * (1 - smallest)
+    return costs, TimestepBuckets.even(columns), penalties, min(max(budget, smallest), 1.0)
+
+
+def every_choice(
+    costs: CostTable, buckets: TimestepBuckets, penalties: dict[str, np.ndarray]
+) -> Iterator[tuple[tuple[int, ...], float, float]]:
+    """(levels of all cells, cost of the routed cells, penalty), by slow loops."""
+    cells = [(name, column) for name in penalties for column in range(len(buckets))]
+    for levels in itertools.product(range(3), repeat=len(cells)):
+        picked = list(zip(cells, levels, strict=True))
+        share = buckets.weights[0]
+        cost = sum(costs.per_level[name][level] * share for (name, _), level in picked)
+        penalty = sum(penalties[name][c][level] * share for (name, c), level in picked)
+        yield levels, cost, penalty
+
+
+def levels_of(schedule: TokenSchedule) -> tuple[int, ...]:
+    return tuple((4, 8, 16).index(k) for kept in schedule.kept_tokens.values() for k in kept)
+
+
+@quick
+@given(measured())
+def test_over_measured_errors_nothing_that_fits_is_better_where_nothing_uses_the_budget_up(
+    problem: tuple[CostTable, TimestepBuckets, dict[str, np.ndarray], float],
+) -> None:
+    costs, buckets, penalties, budget = problem
+    schedule = solve_least(penalties, costs, buckets, budget)
+    assert cost_of(costs, schedule) <= budget * costs.dense * (1 + 1e-9)
+    available = budget * costs.dense - costs.outer
+    found = {levels: (cost, penalty) for levels, cost, penalty in every_choice(costs, buckets, penalties)}  # fmt: skip
+    fits = [(c, p) for c, p in found.values() if c <= available * (1 - ROUNDING)]
+    assume(budget < 1 and fits)
+    assume(not any(c >= available * (1 - UNUSED_SHARE - ROUNDING) for c, _ in found.values() if c <= available))  # fmt: skip
+    assert found[levels_of(schedule)][1] <= min(p for _, p in fits) + 1e-9
+
+
+@quick
+@given(measured(), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_near_learned_ratios_no_schedule_costs_as_much_as_one_with_more_tokens(
+    problem: tuple[CostTable, TimestepBuckets, dict[str, np.ndarray], float],
+    values: list[float],
+) -> None:
+    costs, buckets, penalties, budget = problem
+    cells = len(penalties) * len(buckets)
+    ratios = KeepRatios(tuple(penalties), np.array(values[:cells]).reshape(len(penalties), -1))
+    schedule = solve_schedule(ratios, costs, buckets, budget)
+    available = budget * costs.dense - costs.outer
+    found = {levels: cost for levels, cost, _ in every_choice(costs, buckets, penalties)}
+    assume(not any(available * (1 - UNUSED_SHARE - ROUNDING) <= c <= available for c in found.values()))  # fmt: skip
+    assume(any(c <= available * (1 - ROUNDING) for c in found.values()) and budget < 1)
+    mine = levels_of(schedule)
+    for levels, cost in found.items():
+        if levels != mine and all(a >= b for a, b in zip(levels, mine, strict=True)):
+            assert cost > found[mine]
+
+
+def test_a_schedule_that_costs_more_and_errs_more_is_not_chosen() -> None:
+    """Nothing lies just below the budget; the dearest that fits is the worst, and there is a better one for less."""
+    costs = make_costs({"a": ((4, 8, 16), (9.0, 5.0, 12.0)), "b": ((8, 16), (1.0, 1.1))}, 0.0)
+    errors = {"a": np.array([[0.9, 0.2, 0.0]]), "b": np.array([[0.3, 0.0]])}
+    best = solve_least(errors, costs, TimestepBuckets.even(1), 11.5 / 13.1)
+    assert best.kept_tokens == {"a": (8,), "b": (16,)}
+    ratios = KeepRatios(("a", "b"), np.array([[0.3], [0.9]]))
+    near = solve_schedule(ratios, costs, TimestepBuckets.even(1), 11.5 / 13.1)
+    assert near.kept_tokens == {"a": (8,), "b": (16,)}
+
+
+@pytest.mark.parametrize("high", [1.0, 1000.0])
+def test_buckets_are_weighted_by_the_sampling_steps_in_them(high: float) -> None:
+    even = TimestepBuckets.even(5, 0.0, high)
+    steps = [high * (1 - i / 20) for i in range(20)]  # four of them on an edge
+    weighted = even.weighted_by(steps)
+    assert weighted.weights == even.weights
+    assert weighted.edges == pytest.approx(even.edges, rel=1e-7)
+    # what the runtime looks up: values in fp32, edges as they stand in the manifest
+    found = [weighted.index_of(float(np.float32(t))) for t in steps]
+    assert [found.count(i) for i in range(5)] == [4] * 5
+    shifted = [high * 3 * t / (1 + 2 * t) for t in (1 - i / 20 for i in range(20))]
+    assert TimestepBuckets.even(4, 0.0, high).weighted_by(shifted).weights == (0.1, 0.15, 0.25, 0.5)  # fmt: skip
+    with pytest.raises(UsageError, match="no sampling step has a timestep in") as caught:
+        even.weighted_by([high])
+    assert caught.value.code == "DCR-U073"
 
 
 @quick

@@ -20,13 +20,25 @@ from diffcr_compile.calibrate.check_states import check_states
 from diffcr_compile.calibrate.checkpointing import recomputed_blocks
 from diffcr_compile.calibrate.data import TeacherStates, roll_out
 from diffcr_compile.calibrate.loop import CalibrationResult, run_calibration
-from diffcr_compile.calibrate.lora import adapted_layers, low_rank, merge_adapters
+from diffcr_compile.calibrate.lora import (
+    _add_adapters,
+    adapted_layers,
+    low_rank,
+    merge_adapters,
+)
 from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.rollout_size import rollout_size
+from diffcr_compile.calibrate.run import Run
 from diffcr_compile.calibrate.samplers import FlowEuler
 from diffcr_compile.calibrate.state import load_state
-from diffcr_compile.calibrate.trained import TrainedParameters
-from diffcr_compile.config import CalibrationConfig, CompileConfig, RolloutConfig, make_config
+from diffcr_compile.calibrate.trained import TrainedParameters, check_precision
+from diffcr_compile.config import (
+    CalibrationConfig,
+    CompileConfig,
+    RolloutConfig,
+    RoutingConfig,
+    make_config,
+)
 from diffcr_compile.errors import (
     AccuracyError,
     DiffCRError,
@@ -38,7 +50,7 @@ from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat, selector_name
 from diffcr_compile.resumable import load_trained, save_trained
 from diffcr_compile.schedule import CostTable, TimestepBuckets
-from diffcr_compile.stages import teacher_states
+from diffcr_compile.stages import routed_program, teacher_states
 from tests.conftest import Case
 
 BUCKETS = TimestepBuckets.even(2, 0.0, 1.0)
@@ -241,7 +253,7 @@ def test_the_size_of_rollouts_is_that_of_their_files(case: Case, tmp_path: Path)
 
 def settings(max_gib: float) -> CompileConfig:
     return make_config({
-        "routing": {"timestep_high": 1.0},
+        "routing": {"timestep_high": 1.0, "buckets": 2},
         "rollouts": {"trajectories": 4, "batch": 2, "steps": 2, "max_gib": max_gib},
     })  # fmt: skip
 
@@ -610,3 +622,122 @@ def test_a_failed_calibration_is_a_documented_error(program: Program) -> None:
     with pytest.raises(DiffCRError) as caught:
         calibrated(program, empty)
     assert caught.value.exit_code == 2
+
+
+# ------------------------------------------------------------------------ what does not end well
+
+
+def interrupted(record: dict[str, Any], _: int) -> None:
+    if record["step"] == 5:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("train", ["router", "lora", "all"])
+def test_an_interrupted_calibration_leaves_the_program_as_it_was(
+    program: Program, states: TeacherStates, train: str
+) -> None:
+    """Else the next one asks a half-trained, compressed model for the dense model's answers."""
+    before, inputs = weights(program), batch_of(states)
+    output = run_flat(program, inputs)[0]
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(program, states, train=train, report=interrupted)
+    assert not program.module.training
+    assert torch.equal(run_flat(program, inputs)[0], output)
+    assert set(weights(program)) == set(before)
+    assert all(torch.equal(before[n], p) for n, p in weights(program).items())
+
+
+def test_after_a_gradient_that_is_not_finite_the_same_program_can_be_calibrated(
+    case: Case, program: Program, states: TeacherStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = calibrated(fresh(case), states, train="router").history
+
+    def broken(self: Run, step: int, blends: list[Tensor]) -> None:
+        for parameter in self.trained.parameters.values():
+            parameter.grad = torch.full_like(parameter, math.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_sum_gradients", broken)
+        with pytest.raises(AccuracyError, match="step 1: the gradient"):
+            calibrated(program, states, train="router")
+    assert all(p.grad is None for p in program.module.parameters())
+    found = calibrated(program, states, train="router").history
+    assert [r["loss"] for r in found] == [r["loss"] for r in expected]
+
+
+def with_parts(case: Case, make: Callable[[nn.Module], nn.Module]) -> Program:
+    """The program with something more in the feed-forward of every block."""
+    program = fresh(case)
+    for spec in program.blocks:
+        block = program.module.get_submodule(spec.name)
+        block.mlp[1] = make(block.mlp[1]).eval()
+    return program
+
+
+@pytest.mark.parametrize("train", ["ratio", "all"])
+def test_running_statistics_stay(case: Case, states: TeacherStates, train: str) -> None:
+    def with_norm(part: nn.Module) -> nn.Module:
+        return nn.Sequential(part, Transposed(nn.BatchNorm1d(32)))
+
+    program = with_parts(case, with_norm).attached()
+    before = {n: b.clone() for n, b in program.module.named_buffers() if "running" in n}
+    assert before
+    calibrated(program, states, train=train)
+    after = dict(program.module.named_buffers())
+    assert all(torch.equal(after[n], b) for n, b in before.items())
+
+
+class Transposed(nn.Module):
+    """A module of (B, C, N) on (B, N, C)."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("train", ["router", "all"])
+def test_checkpointing_block_outputs_and_dropout_go_together(
+    case: Case, states: TeacherStates, train: str
+) -> None:
+    def with_dropout(part: nn.Module) -> nn.Module:
+        return nn.Sequential(part, nn.Dropout(0.2))
+
+    losses = [
+        [r["loss"] for r in calibrated(with_parts(case, with_dropout), states, train=train,
+                                       block_outputs=0.5, checkpointing=checkpointing).history]
+        for checkpointing in (False, True)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_weights_in_half_precision_are_not_trained(
+    program: Program, train: str, kind: torch.dtype
+) -> None:
+    for spec in program.blocks:
+        program.module.get_submodule(spec.name).to(kind)
+    config = CalibrationConfig(train=train)
+    if train == "lora":
+        _add_adapters(program, 4, 0)
+    with pytest.raises(UsageError, match=r"Call \.float\(\)") as caught:
+        check_precision(program, config)
+    assert caught.value.code == "DCR-U077"
+    check_precision(program, CalibrationConfig(train="router"))
+    check_precision(program, CalibrationConfig(train=train, steps=0))  # nothing is trained
+
+
+def test_a_random_router_is_measured_alike_every_time(
+    cases: Callable[..., Case], states: TeacherStates
+) -> None:
+    schedules = set()
+    for _ in range(2):
+        program = routed_program(cases("plain").captured, RoutingConfig(router="random"), 0)
+        torch.rand(1 + len(schedules))  # the process has drawn other numbers before
+        found = calibrated(program, states, train="ratio", ratios="errors", steps=0)
+        schedules.add((str(found.schedule.kept_tokens), found.keep_ratios.values.tobytes()))
+        torch.manual_seed(7)
+    assert len(schedules) == 1

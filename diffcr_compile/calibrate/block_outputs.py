@@ -6,7 +6,8 @@ before the calibration. Both graphs have a tap behind each routed block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,24 @@ class BlockOutputs:
             inputs: of the student's last forward; the dense model runs on them now.
         """
         found = {name: tap.take() for name, tap in self._found.items()}
-        self._dense.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self._dense.module):
             run_flat(self._dense, inputs)
         wanted = {name: tap.take() for name, tap in self._wanted.items()}
         with torch.autocast(next(iter(found.values())).device.type, enabled=False):
             each = [_relative_error(found[name], wanted[name]) for name in found]
             return torch.stack(each).mean()
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; the student may share the blocks, and runs them again in a checkpointed backward."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def dense_twin(program: Program) -> Program:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,7 @@ def roll_out(
     folder: Path | None = None,
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    key: str | None = None,
 ) -> TeacherStates:
     """Sample with the dense model and keep every state.
 
@@ -140,13 +142,14 @@ def roll_out(
         folder: where finished shards are kept; None keeps them in memory only.
         progress: called with ("rollouts", done, all).
         ranks: who shares the work, through the folder.
+        key: what the states depend on, see :func:`made_in_shards`.
     """
     if program.sample_input is None or program.timestep_input is None:
-        raise UsageError(
+        raise _wrong(
             "teacher rollouts need to know which input is the noisy sample and which the timestep; "
-            f"the inputs are {sorted(program.example)}. Pass data= with your own inputs instead."
+            f"the inputs are {sorted(program.example)}. Pass data= with your own inputs instead"
         )
-
+    _check_timestep(program, program.timestep_input)
     fine = refined(sampler, config.substeps)
     if config.substeps > 1:
         check_memoryless(sampler, program.example[program.sample_input])
@@ -157,7 +160,7 @@ def roll_out(
         return _one_shard(program, sampler, fine, conditions, generator, size)
 
     count = -(-config.trajectories // config.batch)
-    return join_shards(program, made_in_shards(count, shard, folder, progress, ranks))
+    return join_shards(program, made_in_shards(count, shard, folder, progress, ranks, key))
 
 
 def _one_shard(
@@ -257,25 +260,33 @@ def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> T
         batches: dicts of tensors by input name, each with the batch on axis 0.
 
     Raises:
-        UsageError: no data, an input is missing, or a shape does not fit.
+        UsageError: no data; a batch is no mapping of tensors; an input is missing or has another type or shape than in
+            the example; batch sizes differ within a batch; or an input without a batch axis differs between batches.
     """
     if program.timestep_input is None:
-        raise UsageError(
+        raise _wrong(
             f"none of the inputs {sorted(program.example)} is known to be the timestep; name it timestep"
         )
+    _check_timestep(program, program.timestep_input)
+    batched = batched_inputs(program)
     collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
     targets = []
-    for number, batch in enumerate(batches):
-        tensors = {name: batch[name] for name in program.example if name in batch}
-        _check_batch(program, tensors, number)
+    for number, batch in enumerate(_several(batches)):
+        tensors = _checked_batch(program, batch, number)
         targets.append(_answer(program, tensors))
         for name, tensor in tensors.items():
             collected[name].append(tensor.cpu())
+            if name not in batched and not torch.equal(
+                collected[name][-1], collected[name][0]
+            ):
+                raise _wrong(
+                    f"calibration batch {number}: {name} has no batch axis and differs from that of batch 0; states with "
+                    "different ones cannot be trained on together. Give it a batch axis in the example inputs"
+                )
     if not targets:
-        raise UsageError(
+        raise _wrong(
             "the calibration data is empty; give at least one batch per timestep bucket"
         )
-    batched = batched_inputs(program)
     inputs = {n: torch.cat(t) if n in batched else t[0] for n, t in collected.items()}
     timesteps = inputs[program.timestep_input].float().flatten()
     return TeacherStates(inputs, torch.cat(targets), timesteps)
@@ -288,18 +299,66 @@ def _answer(program: Program, tensors: Mapping[str, Tensor]) -> Tensor:
     return run_flat(program, moved)[0].to(sample.device)
 
 
-def _check_batch(program: Program, tensors: Mapping[str, Tensor], number: int) -> None:
-    missing = sorted(set(program.example) - set(tensors))
+def _check_timestep(program: Program, name: str) -> None:
+    """States of several timesteps are trained on together, so each needs one of its own."""
+    if name not in batched_inputs(program):
+        raise _wrong(
+            f"the timestep input {name!r} {tuple(program.example[name].shape)} has no batch axis, and states of several "
+            "timesteps are trained on together. Give example inputs with one timestep per sample; where the model takes "
+            "one for all, wrap it so that it takes one for each"
+        )
+
+
+def _several(batches: Any) -> Iterable[Any]:
+    """The batches, if they are several of something."""
+    one = isinstance(batches, (Mapping, Tensor, str))
+    if one or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise _wrong(
+            f"the calibration data is a {type(batches).__name__}, expected several batches, such as a list of dicts of "
+            "tensors by input name"
+        )
+    several: Iterable[Any] = batches
+    return several
+
+
+def _checked_batch(program: Program, batch: Any, number: int) -> dict[str, Tensor]:
+    """The tensors that the graph takes, each like that of the example but for the batch size."""
+    where = f"calibration batch {number}"
+    if not isinstance(batch, Mapping):
+        raise _wrong(
+            f"{where} is a {type(batch).__name__}, expected a mapping of tensors by input name: {sorted(program.example)}"
+        )
+    missing = sorted(set(program.example) - set(batch))
     if missing:
-        raise UsageError(f"calibration batch {number} lacks the inputs {missing}")
+        raise _wrong(f"{where} lacks the inputs {missing}")
     batched = batched_inputs(program)
+    tensors = {name: batch[name] for name in program.example}
     for name, tensor in tensors.items():
-        want = program.example[name].shape
-        skip = 1 if name in batched else 0
-        if tensor.ndim != len(want) or tensor.shape[skip:] != want[skip:]:
-            raise UsageError(
-                f"calibration batch {number}: {name} has shape {tuple(tensor.shape)}, expected "
-                f"{('batch', *want[1:]) if skip else tuple(want)}"
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UsageError(f"calibration batch {number}: {name} holds NaN or infinity")
+        _check_input(f"{where}: {name}", tensor, program.example[name], name in batched)
+    sizes = {name: len(tensors[name]) for name in tensors if name in batched}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise _wrong(
+            f"{where} needs one batch size of at least 1 for all inputs, found {sizes}"
+        )
+    return tensors
+
+
+def _check_input(what: str, tensor: Any, like: Tensor, is_batched: bool) -> None:
+    if not isinstance(tensor, Tensor):
+        raise _wrong(
+            f"{what} is a {type(tensor).__name__}, expected a tensor (torch.as_tensor)"
+        )
+    if tensor.dtype != like.dtype:
+        raise _wrong(
+            f"{what} is {tensor.dtype}, expected {like.dtype} as in the example inputs; convert it with .to({like.dtype})"
+        )
+    want, skip = tuple(like.shape), 1 if is_batched else 0
+    if tensor.ndim != len(want) or tuple(tensor.shape[skip:]) != want[skip:]:
+        expected = ("batch", *want[1:]) if skip else want
+        raise _wrong(f"{what} has shape {tuple(tensor.shape)}, expected {expected}")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise _wrong(f"{what} holds NaN or infinity")
+
+
+def _wrong(what: str) -> UsageError:
+    return UsageError(f"{what}.", code="DCR-U072")

@@ -40,9 +40,14 @@ from diffcr_compile.calibrate.lora import low_rank
 from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.ratios import RatioLearner
+from diffcr_compile.calibrate.rollback import as_it_was_if_it_fails
 from diffcr_compile.calibrate.run import Run
 from diffcr_compile.calibrate.state import FILE
-from diffcr_compile.calibrate.trained import nothing_else_learns, own_weights
+from diffcr_compile.calibrate.trained import (
+    check_precision,
+    nothing_else_learns,
+    own_weights,
+)
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import (
@@ -102,7 +107,8 @@ def run_calibration(
 ) -> CalibrationResult:
     """Learn keep ratios, routers and, if asked, all weights of a ROUTED program, in place.
 
-    The weights are copied first if they are to be trained: the user's model stays as it is.
+    The weights are copied first if they are to be trained: the user's model stays as it is. Where it ends early,
+    by an error or by Ctrl-C, the program is again what it was before.
 
     Args:
         program: ROUTED.
@@ -133,7 +139,11 @@ def run_calibration(
     by_bucket = states.by_bucket(buckets)
     _check_ranks(program, states, config, ranks)
     dense = dense_twin(program) if config.block_outputs else None
-    with out_of_memory_in_words(LOWER), _weights_to_train(program, config):
+    with (
+        out_of_memory_in_words(LOWER),
+        as_it_was_if_it_fails(program),
+        _weights_to_train(program, config),
+    ):
         learner = RatioLearner(
             program,
             costs,
@@ -163,9 +173,11 @@ def _weights_to_train(program: Program, config: CalibrationConfig) -> Iterator[N
     """
     if config.train == "lora":
         with low_rank(program, config.lora_rank, config.seed):
+            check_precision(program, config)
             yield
         return
     if config.train == "all":
+        check_precision(program, config)
         own_weights(program.module)
     yield
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from diffcr_compile.calibrate.pipeline_calls import (
     watching,
 )
 from diffcr_compile.calibrate.rollout_size import StatesSize
+from diffcr_compile.calibrate.samplers import scheduler_identity
 from diffcr_compile.calibrate.shards import Progress, made_in_shards
 from diffcr_compile.capture import TIMESTEP_NAMES
 from diffcr_compile.config import RolloutConfig, RoutingConfig
@@ -81,10 +81,9 @@ class PipelineRuns:
     @property
     def identity(self) -> Any:
         """What the records depend on, beside the weights: scheduler, call arguments, timesteps."""
-        scheduler = getattr(self.pipe, "scheduler", None)
-        settings = json.dumps(dict(getattr(scheduler, "config", {})), default=repr)
+        scheduler = scheduler_identity(getattr(self.pipe, "scheduler", None))
         given = [{k: _digest(v) for k, v in run.items()} for run in self.inputs]
-        return [type(scheduler).__name__, settings, given, self.component, self.timesteps]
+        return [scheduler, given, self.component, self.timesteps]
 
     def buckets(self, config: RoutingConfig) -> TimestepBuckets | None:
         """Timestep buckets with equally many sampling steps; None where the settings name a range."""
@@ -101,6 +100,7 @@ class PipelineRuns:
         folder: Path | None = None,
         progress: Progress | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        key: str | None = None,
     ) -> TeacherStates:
         """Run the pipeline and keep every call of the denoiser, with the dense model's answer.
 
@@ -112,6 +112,7 @@ class PipelineRuns:
             folder: where finished runs are kept, so that an interrupted call goes on; None for none.
             progress: called with ("rollouts", done, all).
             ranks: who shares the work, through the folder.
+            key: what the runs depend on, see :func:`made_in_shards`.
 
         Raises:
             ResourceError: the records would take more than ``rollouts.max_gib``.
@@ -124,6 +125,7 @@ class PipelineRuns:
             folder,
             progress,
             ranks,
+            key,
         )
         return join_shards(program, shards, self.buckets(routing))
 

@@ -37,22 +37,16 @@ class RatioSearch:
         self.schedule: TokenSchedule | None = None
         self.learned: KeepRatios | None = None
         self.reached = 1.0
-        self.learn_steps = config.steps - round(config.settle * config.steps)
+        self.learn_steps = config.learn_steps
 
     @property
     def from_errors(self) -> bool:
         """Whether the schedule is solved over measured errors; without steps nothing else can tell."""
-        without_steps = self.config.steps == 0 and self.config.ratios == "gradient"
-        return self.config.ratios == "errors" or without_steps
+        return self.config.from_errors
 
     def solves_again(self, step: int) -> bool:
         """Whether the schedule is to be solved anew, over measured errors, before this step."""
-        times, last = self.config.resolves, self.learn_steps
-        if times is None:
-            times = int(self.from_errors)
-        if self.config.ratios == "uniform" or self.schedule is None:
-            return False
-        return step > 0 and step in {round(last * (i + 1) / times) for i in range(times)}
+        return self.schedule is not None and step in self.config.resolve_steps
 
     def target(self, step: int) -> float:
         """The budget of a step: it falls from 1 to what was asked, and stays there."""

@@ -16,7 +16,12 @@ from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.error_table import Progress
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.state import load_state, save_state
-from diffcr_compile.calibrate.trained import REMEDY, TrainedParameters, router_parameters
+from diffcr_compile.calibrate.trained import (
+    REMEDY,
+    TrainedParameters,
+    router_parameters,
+    train_mode,
+)
 from diffcr_compile.calibrate.warm_start import warm_start_routers
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import AccuracyError
@@ -78,9 +83,10 @@ class Run:
         )
         self.trained.forget_averages()
         if self.search.from_errors:
-            self._solve_by_errors()
+            self._solve_by_errors(0)
 
-    def _solve_by_errors(self) -> None:
+    def _solve_by_errors(self, step: int) -> None:
+        self._seed(step)  # a random router draws while it is measured
         few = self._some_states(self.config.batch)
         self.search.solve_by_errors(self.program, self.states, few, self.measuring)
         # Errors measured on different devices differ in the last digits; a schedule must not.
@@ -91,7 +97,7 @@ class Run:
         if self.search.ends_learning(step):
             self.search.solve()
         if self.search.solves_again(step):
-            self._solve_by_errors()
+            self._solve_by_errors(step)
         bucket = step % len(self.by_bucket)
         between = self.search.set_up(step, bucket)
         loss = self._loss(step, bucket, self.learning if between else self.settled)
@@ -148,15 +154,13 @@ class Run:
 
         (seed, step) draws the batch. Summed over the ranks it is the mean over the whole batch.
         """
-        seed = self.config.seed * 1_000_003 + step
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         rows = self.by_bucket[bucket]
         chosen = rows[torch.randint(len(rows), (self.config.batch,), generator=generator)]
         mine, weight = self.ranks.share(chosen)
         inputs, answer = self.states.take(mine, self.batched)
-        program.module.train()
-        # random routers and dropout, other ones on each rank
-        torch.manual_seed(seed * self.ranks.count + self.ranks.rank)
+        train_mode(program.module)
+        self._seed(step)
         with torch.autocast(
             answer.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         ):
@@ -165,6 +169,11 @@ class Run:
             if self.block_outputs:
                 loss = loss + self.config.block_outputs * self.block_outputs.distance(inputs)
         return loss * weight
+
+    def _seed(self, step: int) -> None:
+        """(seed, step) decides what random routers and dropout draw, on each rank something else."""
+        seed = self.config.seed * 1_000_003 + step
+        torch.manual_seed(seed * self.ranks.count + self.ranks.rank)
 
     def _checked(self, step: int, loss: float) -> float:
         if not math.isfinite(loss):

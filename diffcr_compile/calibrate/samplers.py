@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,26 @@ def model_input(sampler: Sampler, index: int, state: Tensor) -> Tensor:
         return state
     scaled: Tensor = scale(index, state)
     return scaled
+
+
+def sampler_identity(sampler: Sampler) -> Any:
+    """What tells samplers apart without running them: class, timesteps, noise levels, and a scheduler's settings."""
+    sigmas = [float(sigma) for sigma in getattr(sampler, "sigmas", ())]
+    scheduler = scheduler_identity(getattr(sampler, "scheduler", None))
+    return [type(sampler).__qualname__, list(map(float, sampler.timesteps)), sigmas, scheduler]
+
+
+def scheduler_identity(scheduler: Any) -> Any:
+    """Class and settings of a diffusers scheduler; None of none."""
+    if scheduler is None:
+        return None
+    # what begins with _ is diffusers' own, and in another order in every process
+    config = {
+        name: value
+        for name, value in dict(getattr(scheduler, "config", {})).items()
+        if not name.startswith("_")
+    }
+    return [type(scheduler).__name__, json.dumps(config, default=repr, sort_keys=True)]
 
 
 class FlowEuler:

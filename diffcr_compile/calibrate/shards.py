@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import ArtifactError, UsageError
 from diffcr_compile.tensor_file import write_tensors
 
+MARKER = "rollouts.key"
 Shard = dict[str, Tensor]
 Progress = Callable[[str, int, int], None]
 
@@ -23,6 +25,7 @@ def made_in_shards(
     folder: Path | None = None,
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    key: str | None = None,
 ) -> list[Shard]:
     """All shards, in order; those that a folder holds are not made again.
 
@@ -35,11 +38,17 @@ def made_in_shards(
         folder: where finished shards are kept, common to all ranks; None keeps them in memory only.
         progress: called with ("rollouts", done, all).
         ranks: who shares the work.
+        key: fingerprint of what the shards depend on. Those that the folder holds of another one are deleted first;
+            None where the folder is for these shards only.
 
     Raises:
         ArtifactError: a file is damaged.
         UsageError: the folder is not common to the ranks.
     """
+    if folder is not None and key is not None:
+        if ranks.leads:
+            _forget_others(folder, key)
+        ranks.wait()  # until nothing of other settings lies there any more
     shards: list[Shard] = []
     together = ranks.count if folder else 1
     for first in range(0, count, together):
@@ -55,6 +64,16 @@ def made_in_shards(
         if progress:
             progress("rollouts", len(shards), count)
     return shards
+
+
+def _forget_others(folder: Path, key: str) -> None:
+    """Shards of other settings must not be taken for ours."""
+    marker = folder / MARKER
+    if marker.exists() and marker.read_text() == key:
+        return
+    for shard in folder.glob("rollouts_*.safetensors"):
+        shard.unlink()
+    atomic_write_bytes(marker, key.encode())
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffcr_compile.calibrate.lora import MARKS
 from diffcr_compile.calibrate.muon import StackedMuon
 from diffcr_compile.config import CalibrationConfig
-from diffcr_compile.errors import AccuracyError
+from diffcr_compile.errors import AccuracyError, UsageError
 from diffcr_compile.program import DiTGraph, Program
 
 WARMUP_STEPS = 20
@@ -22,6 +22,7 @@ LAST_RATE = 0.05  # of the learning rate, at the last step
 BETAS = (0.9, 0.99)
 LARGEST_NORM = 1.0  # gradients are clipped to this
 SHOWN = 3
+TRAINABLE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 REMEDY = "Lower calibration.lr_weights or lr_router, or set calibration.precision to fp32, and run again."
 
 
@@ -53,13 +54,14 @@ class TrainedParameters:
             step: from 0; decides the learning rate.
 
         Raises:
-            AccuracyError: a gradient is NaN or infinite; nothing was changed.
+            AccuracyError: a gradient is NaN or infinite; nothing was changed, and no gradient is left.
         """
         factor = rate_factor(step, self.config.steps)
         if self.parameters:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            self._check_finite(step, norm)
+            if not bool(norm.isfinite()):
+                raise self._not_finite(step)
             nn.utils.clip_grads_with_norm_(self.parameters.values(), LARGEST_NORM, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -74,17 +76,18 @@ class TrainedParameters:
                     [self.averages[n] for n in self.parameters], own, 1 - decay
                 )
 
-    def _check_finite(self, step: int, norm: Tensor) -> None:
-        if bool(norm.isfinite()):
-            return
+    def _not_finite(self, step: int) -> AccuracyError:
+        """Which gradients are not; they are cleared, because the next step would add to them."""
         bad = [
             name
             for name, p in self.parameters.items()
             if p.grad is not None and not bool(p.grad.isfinite().all())
         ]
+        for parameter in self.parameters.values():
+            parameter.grad = None
         where = f"of {', '.join(bad[:SHOWN])}" if bad else "of all parameters together"
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise AccuracyError(
+        return AccuracyError(
             f"calibration step {step + 1}: the gradient {where}{more} is NaN or infinite. {REMEDY}",
             code="DCR-Q010",
         )
@@ -166,6 +169,41 @@ def trained_parameters(program: Program, config: CalibrationConfig) -> dict[str,
         or config.train == "all"
         or any(mark in name for mark in adapters)
     }
+
+
+def check_precision(program: Program, config: CalibrationConfig) -> None:
+    """Refuse to train numbers in which small steps are lost: half precision rounds them away, or overflows.
+
+    Raises:
+        UsageError: a parameter that would be trained is neither fp32 nor fp64.
+    """
+    if config.steps == 0:
+        return
+    coarse = {
+        name: parameter.dtype
+        for name, parameter in trained_parameters(program, config).items()
+        if parameter.dtype not in TRAINABLE
+    }
+    if not coarse:
+        return
+    name, dtype = next(iter(coarse.items()))
+    raise UsageError(
+        f"calibration.train is {config.train}, and {len(coarse)} of the parameters that it trains are not fp32 ({name} is "
+        f"{dtype}): steps as small as a fine-tune's are lost there. Call .float() on the model and give fp32 example "
+        "inputs; calibration.precision: bf16 brings the speed back. Or set calibration.train to router.",
+        code="DCR-U077",
+    )
+
+
+def train_mode(module: nn.Module) -> None:
+    """Training mode, but for modules with running statistics (batch norm).
+
+    These are buffers: with shared modules the user's own, and no part of what a calibration saves and averages.
+    """
+    module.train()
+    for part in module.modules():
+        if getattr(part, "running_mean", None) is not None:
+            part.eval()
 
 
 def rate_factor(step: int, steps: int) -> float:

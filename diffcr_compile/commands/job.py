@@ -161,7 +161,8 @@ def job_of_folder(out: Path) -> Job:
     Raises:
         UsageError: none did, or it was begun in Python, where the model is.
     """
-    from diffcr_compile.config_text import EFFECTIVE_FILE, read_effective
+    from diffcr_compile.config_text import read_effective
+    from diffcr_compile.workspace import EFFECTIVE_FILE
 
     path = out / EFFECTIVE_FILE
     config = read_effective(path) if path.exists() else None

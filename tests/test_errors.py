@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import diffcr_compile as dcr
 from diffcr_compile import cli, errors
@@ -35,8 +36,15 @@ def no_tuple() -> str:
     return "a model"
 
 
+class Broken(nn.Module):
+    """The compiler asks every module for its parameters; what that raises is nobody's documented case."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        raise ZeroDivisionError("a bug somewhere")
+
+
 def broken() -> Any:
-    raise ZeroDivisionError("a bug in the user's factory")
+    return Broken(), (torch.zeros(1, 1),)
 
 
 @pytest.fixture(scope="module")

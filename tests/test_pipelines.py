@@ -167,7 +167,7 @@ def test_the_adapter_refuses_other_shapes(
     wider = {**runs.example, "hidden_states": runs.example["hidden_states"].repeat(2, 1, 1)}
     with pytest.raises(UsageError, match=r"hidden_states has shape \(2, 64, 16\)"):
         adapter(**wider)
-    with pytest.raises(UsageError, match=r"unknown: .*surplus"):
+    with pytest.raises(UsageError, match=r"does not fit .*surplus"):
         adapter(**runs.example, surplus=torch.zeros(1))
 
 

@@ -12,11 +12,11 @@ import torch
 from diffcr_compile.block_graphs import BlockGroup, block_groups, fingerprint_of, frozen_at
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.durable import write_json_atomic
-from diffcr_compile.export.onnx_model import evaluating, onnx_from_program
+from diffcr_compile.export.onnx_model import onnx_from_program
 from diffcr_compile.export.weights import write_shared_weights
 from diffcr_compile.macs import levels_of_blocks
 from diffcr_compile.manifest import sha256_file
-from diffcr_compile.program import Program, rebuild_call
+from diffcr_compile.program import Program, evaluating, rebuild_call
 from diffcr_compile.runtime.block_bench import KIT_FILE, onnxruntime_backend, open_kit
 from diffcr_compile.runtime.latency import (
     MOST_ROUNDS,

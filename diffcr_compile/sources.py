@@ -71,9 +71,9 @@ def load_case(
         UsageError: the source cannot be understood or found.
     """
     settle_vector_math()
-    if not bars:
-        _without_bars()
     kind, _, rest = source.partition(":")
+    if kind == "diffusers" and not bars:  # nothing else is to wait for its import
+        _without_bars()
     if kind in ("demo", "python"):
         _refuse_files(kind, inputs, pipeline_inputs)
     if source == "demo":

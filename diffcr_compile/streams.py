@@ -316,8 +316,7 @@ class Outside:
                 )
         except Exception:  # noqa: BLE001 - the user's model looks at it, and may raise anything
             return True
-        if not is_float(shown):
-            return self._differs(calls, result)
+        differs = _other_nans if is_float(shown) else _other_values
         before, expected = self.before
         seen = [(result, expected)] + [
             (call.tree, before[other][index].tree)
@@ -325,25 +324,22 @@ class Outside:
             for index, call in enumerate(found)
         ]
         return any(
-            not torch.equal(torch.isnan(a), torch.isnan(b))
+            differs(a, b)
             for found, wanted in seen
             for a, b in zip(output_tensors(found), output_tensors(wanted), strict=True)
-            if a.is_floating_point()
         )
 
-    def _differs(self, calls: Mapping[str, list[Call]], result: Any) -> bool:
-        """Whether anything that blocks are given, or the output, is not what it was."""
-        before, expected = self.before
-        seen = [(result, expected)] + [
-            (call.tree, before[other][index].tree)
-            for other, found in calls.items()
-            for index, call in enumerate(found)
-        ]
-        return any(
-            a.shape != b.shape or not ((a == b) | ((a != a) & (b != b))).all()
-            for found, wanted in seen
-            for a, b in zip(output_tensors(found), output_tensors(wanted), strict=True)
-        )
+
+def _other_nans(found: Tensor, wanted: Tensor) -> bool:
+    nans = (torch.isnan(found), torch.isnan(wanted))
+    return found.is_floating_point() and not torch.equal(*nans)
+
+
+def _other_values(found: Tensor, wanted: Tensor) -> bool:
+    """Whether anything is not what it was; NaN is NaN."""
+    if found.shape != wanted.shape:
+        return True
+    return not bool(((found == wanted) | ((found != found) & (wanted != wanted))).all())
 
 
 def _spoilt(leaf: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from diffcr_compile.export.manifest_rows import (
     versions,
 )
 from diffcr_compile.export.onnx_model import (
-    evaluating,
     export_graph,
     onnx_from_program,
 )
@@ -49,7 +48,7 @@ from diffcr_compile.export.weights import WEIGHTS_FILE, WeightsWriter, write_sha
 from diffcr_compile.full_float32 import full_float32
 from diffcr_compile.manifest import MANIFEST_FILE, Manifest, hash_files, write_manifest
 from diffcr_compile.planning.targets import Target
-from diffcr_compile.program import Program, Stage, run_flat
+from diffcr_compile.program import Program, Stage, evaluating, run_flat
 
 InputsFor = Callable[[int], Mapping[str, Tensor]]
 Progress = Callable[[int, int], None]

@@ -28,7 +28,7 @@ from diffcr_compile.export.short_program import ShortProgram, shortened
 from diffcr_compile.export.undone_reshapes import drop_undone_reshapes
 from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.kept_caches import kept_caches
-from diffcr_compile.program import Program, run_flat
+from diffcr_compile.program import Program, evaluating, run_flat
 
 # One file then serves TensorRT 10.3 (JetPack 6) to 11.
 OPSET = 20
@@ -170,18 +170,6 @@ def node_map(model: ModelProto) -> dict[str, str]:
     It reads the exporter's metadata, which the models of :func:`onnx_from_program` no longer have.
     """
     return {node.name: _origin(node) for node in model.graph.node}
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` is in evaluation mode while the context lasts."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def refuse_bfloat16(program: Program) -> None:

@@ -21,7 +21,7 @@ from diffcr_compile.export.repeats import EXPORTED, Run, find_repeats
 from diffcr_compile.export.units import cut_into_units
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.open_kept_tokens import OpenKeptTokens
-from diffcr_compile.program import Program
+from diffcr_compile.program import Program, evaluating
 from tests import models
 from tests.conftest import Case, make_case
 from tests.model_parts import Block
@@ -69,7 +69,7 @@ def opened(case: Case, every: int = 1) -> Program:
 
 
 def repeats(program: Program) -> list[Run]:
-    with onnx_model.evaluating(program.module):
+    with evaluating(program.module):
         return find_repeats(program)
 
 

@@ -6,15 +6,14 @@ before the calibration. Both graphs have a tap behind each routed block.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from diffcr_compile import routing
 from diffcr_compile.passes.graph_edit import block_node, output_node, replace_uses
-from diffcr_compile.program import Program, identifier, run_flat, selector_name
+from diffcr_compile.program import Program, evaluating, identifier, run_flat, selector_name
 from diffcr_compile.routing import Selection
 
 SMALLEST = 1e-12  # mean square of an output that counts as nothing
@@ -41,24 +40,13 @@ class BlockOutputs:
             inputs: of the student's last forward; the dense model runs on them now.
         """
         found = {name: tap.take() for name, tap in self._found.items()}
-        with torch.no_grad(), _evaluating(self._dense.module):
+        # The student may share the blocks, and runs them again in a checkpointed backward.
+        with torch.no_grad(), evaluating(self._dense.module):
             run_flat(self._dense, inputs)
         wanted = {name: tap.take() for name, tap in self._wanted.items()}
         with torch.autocast(next(iter(found.values())).device.type, enabled=False):
             each = [_relative_error(found[name], wanted[name]) for name in found]
             return torch.stack(each).mean()
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; the student may share the blocks, and runs them again in a checkpointed backward."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def dense_twin(program: Program) -> Program:

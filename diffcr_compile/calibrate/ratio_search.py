@@ -39,11 +39,6 @@ class RatioSearch:
         self.reached = 1.0
         self.learn_steps = config.learn_steps
 
-    @property
-    def from_errors(self) -> bool:
-        """Whether the schedule is solved over measured errors; without steps nothing else can tell."""
-        return self.config.from_errors
-
     def solves_again(self, step: int) -> bool:
         """Whether the schedule is to be solved anew, over measured errors, before this step."""
         return self.schedule is not None and step in self.config.resolve_steps

@@ -82,7 +82,7 @@ class Run:
             self.program, self.states, torch.cat(chosen), self.config.batch
         )
         self.trained.forget_averages()
-        if self.search.from_errors:
+        if self.config.from_errors:
             self._solve_by_errors(0)
 
     def _solve_by_errors(self, step: int) -> None:

@@ -18,7 +18,8 @@ from diffcr_compile.manifest import read_manifest, verify_artifact
 from diffcr_compile.program import Program
 from diffcr_compile.rebuild import put_learned, read_schedule, rebuild
 from diffcr_compile.recipe import read_recipe
-from diffcr_compile.schedule import CostTable, TokenSchedule, solve_schedule
+from diffcr_compile.schedule import CostTable, TokenSchedule
+from diffcr_compile.solver import solve_schedule
 from diffcr_compile.tensor_file import write_tensors
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from diffcr_compile.blocks import BlockSpec, Path, TokenAxis, get_leaf, leaves, map_leaves
 from diffcr_compile.float64 import Float64Mode
+from diffcr_compile.lively import lively_copy, lively_tree
+from diffcr_compile.outside import Outside
 from diffcr_compile.recorded import (
     Call,
     IllegalError,
@@ -30,8 +32,8 @@ from diffcr_compile.recorded import (
     run_recorded,
 )
 from diffcr_compile.residual import Pairs, is_float, noise, shrink
-from diffcr_compile.streams import Moved, Outside, image_stream, moved_on
-from diffcr_compile.trial import Trial, lively_copy, lively_tree, short
+from diffcr_compile.streams import Moved, image_stream, moved_on
+from diffcr_compile.trial import Trial, short
 
 # With all weights shrunk by 2^20 what is not an addition is off by that much, or by everything.
 MAX_ADDITION_ERROR = 1e-3

@@ -26,14 +26,8 @@ from diffcr_compile.config import CompileConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.opened import ExampleInputs, PipelineInputs, open_model
 from diffcr_compile.program import Program, run_flat, with_batch
-from diffcr_compile.schedule import (
-    CostTable,
-    Floats,
-    Metric,
-    TimestepBuckets,
-    TokenSchedule,
-    solve_least,
-)
+from diffcr_compile.schedule import CostTable, Floats, Metric, TimestepBuckets, TokenSchedule
+from diffcr_compile.solver import solve_least
 from diffcr_compile.stages import (
     Data,
     Event,

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves, show_path
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import one_line
-from diffcr_compile.float64 import Float64Mode, float64_copy, float64_tree
+from diffcr_compile.float64 import Float64Mode
+from diffcr_compile.lively import lively_copy, lively_tree
 from diffcr_compile.recorded import Call, IllegalError, fresh
-from diffcr_compile.residual import SHRINK, gain, noise, shrink
+from diffcr_compile.residual import SHRINK, gain, shrink
 from diffcr_compile.routing import gather_tokens
 
 # In float64 legal blocks come out between 0 and 1e-14, illegal ones between 0.001 and 2, because weak
@@ -32,9 +33,6 @@ MAX_OWN_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 SURELY_WRONG = 1e-2
 # How many combinations of argument axes are tried before a block is refused.
 MAX_COMBINATIONS = 256
-# Numbers below this are off: what they multiply would not show.
-WEAK_PARAMETER = 0.02
-WEAK_INPUT = 1e-3
 
 
 class Trial:
@@ -388,44 +386,6 @@ def _away(found: Tensor, expected: Tensor) -> float:
 
 def _keys(path: Path) -> str:
     return "".join(f"[{key!r}]" for key in path)
-
-
-def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
-    """A call's arguments in float64, none of them off, and with noise on the tokens of the stream."""
-
-    def switched_on(path: Path, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        if path == stream:  # equal tokens (a constant image) would hide every difference
-            return leaf + 0.5 * noise(leaf, generator)
-        if leaf.ndim == 0:
-            return leaf
-        # a gate that starts at zero may be computed outside the block (adaLN-single)
-        weak = leaf.abs() < WEAK_INPUT
-        return torch.where(weak, leaf + 0.2 * noise(leaf, generator), leaf)
-
-    return map_leaves(float64_tree(tree), switched_on)
-
-
-def lively_copy(module: nn.Module) -> nn.Module:
-    """A float64 copy in which no parameter is off: a weak gate would hide what is behind it.
-
-    Zeros and constants get noise, weak rows of matrices are scaled up to the size of fresh ones.
-    """
-    block = float64_copy(module)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in block.parameters():
-        if not parameter.is_floating_point():
-            continue
-        data = parameter.data
-        if data.ndim >= 2:
-            usual = data[0].numel() ** -0.5
-            size = data.square().mean(dim=-1, keepdim=True).sqrt()
-            data = torch.where(size < 0.1 * usual, data * usual / size.clamp_min(1e-300), data)
-        is_constant = data.numel() > 1 and bool((data == data.flatten()[0]).all())
-        hides = (data == 0) if data.ndim >= 2 else (data.abs() < WEAK_PARAMETER)
-        parameter.data = data + (hides | is_constant) * 0.2 * noise(data, generator)
-    return block
 
 
 def short(error: BaseException) -> str:

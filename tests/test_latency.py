@@ -30,9 +30,8 @@ from diffcr_compile.schedule import (
     TokenSchedule,
     check_budget,
     cost_of,
-    solve_least,
-    solve_schedule,
 )
+from diffcr_compile.solver import solve_least, solve_schedule
 from diffcr_compile.summary import warnings_section
 from tests import models
 from tests.conftest import CLOSE

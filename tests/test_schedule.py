@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from diffcr_compile.errors import BudgetError, UsageError
 from diffcr_compile.schedule import (
-    COST_STEPS_PER_CELL,
-    UNUSED_SHARE,
     CostTable,
     KeepRatios,
     TimestepBuckets,
     TokenSchedule,
     check_budget,
     cost_of,
+)
+from diffcr_compile.solver import (
+    COST_STEPS_PER_CELL,
+    UNUSED_SHARE,
     solve_least,
     solve_schedule,
 )

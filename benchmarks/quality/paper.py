@@ -28,7 +28,8 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
 from diffcr_compile.program import Program, run_flat, selector_name
 from diffcr_compile.routing import TokenSelector
-from diffcr_compile.schedule import KeepRatios, TimestepBuckets, solve_schedule
+from diffcr_compile.schedule import KeepRatios, TimestepBuckets
+from diffcr_compile.solver import solve_schedule
 
 LAMBDA = 0.3
 SMALLEST, LARGEST = 0.1, 1.0

@@ -12,12 +12,8 @@ from diffcr_compile.calibrate.error_table import Progress, measure_errors, relat
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.program import Program
-from diffcr_compile.schedule import (
-    KeepRatios,
-    TokenSchedule,
-    solve_least,
-    solve_schedule,
-)
+from diffcr_compile.schedule import KeepRatios, TokenSchedule
+from diffcr_compile.solver import solve_least, solve_schedule
 
 
 class RatioSearch:

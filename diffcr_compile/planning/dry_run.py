@@ -39,14 +39,9 @@ from diffcr_compile.blocks import (
 from diffcr_compile.capture import capture
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import CaptureError, UsageError
+from diffcr_compile.examiner import Examiner, examine, guess_views
 from diffcr_compile.kept_caches import kept_caches
-from diffcr_compile.legality import (
-    Examiner,
-    Findings,
-    examine,
-    find_blocks,
-    guess_views,
-)
+from diffcr_compile.legality import Findings, find_blocks
 from diffcr_compile.parts import PartFindings
 from diffcr_compile.planning.copies import (
     fake_copy,

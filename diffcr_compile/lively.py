@@ -1,0 +1,54 @@
+"""Copies of a block and of its arguments in float64, in which nothing is off that may be on after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_compile.blocks import Path, map_leaves
+from diffcr_compile.float64 import float64_copy, float64_tree
+from diffcr_compile.residual import noise
+
+# Numbers below this are off: what they multiply would not show.
+WEAK_PARAMETER = 0.02
+WEAK_INPUT = 1e-3
+
+
+def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
+    """A call's arguments in float64, none of them off, and with noise on the tokens of the stream."""
+
+    def switched_on(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if path == stream:  # equal tokens (a constant image) would hide every difference
+            return leaf + 0.5 * noise(leaf, generator)
+        if leaf.ndim == 0:
+            return leaf
+        # a gate that starts at zero may be computed outside the block (adaLN-single)
+        weak = leaf.abs() < WEAK_INPUT
+        return torch.where(weak, leaf + 0.2 * noise(leaf, generator), leaf)
+
+    return map_leaves(float64_tree(tree), switched_on)
+
+
+def lively_copy(module: nn.Module) -> nn.Module:
+    """A float64 copy in which no parameter is off: a weak gate would hide what is behind it.
+
+    Zeros and constants get noise, weak rows of matrices are scaled up to the size of fresh ones.
+    """
+    block = float64_copy(module)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in block.parameters():
+        if not parameter.is_floating_point():
+            continue
+        data = parameter.data
+        if data.ndim >= 2:
+            usual = data[0].numel() ** -0.5
+            size = data.square().mean(dim=-1, keepdim=True).sqrt()
+            data = torch.where(size < 0.1 * usual, data * usual / size.clamp_min(1e-300), data)
+        is_constant = data.numel() > 1 and bool((data == data.flatten()[0]).all())
+        hides = (data == 0) if data.ndim >= 2 else (data.abs() < WEAK_PARAMETER)
+        parameter.data = data + (hides | is_constant) * 0.2 * noise(data, generator)
+    return block

@@ -22,7 +22,7 @@ from benchmarks.quality.jobs import jobs
 from benchmarks.quality.narrow_products import emulated_products
 from benchmarks.quality.reuse import StepReuse
 from benchmarks.quality.settings import SMOKE, Scale
-from benchmarks.quality.table import ahead_of, best_of_ours, knee, summarise
+from benchmarks.quality.table import BY_GRADIENTS, ahead_of, knee, standing_for, summarise
 from benchmarks.reference import inpainting
 from diffcr_compile.reference import demo
 from diffcr_compile.routing import TokenRouter, TokenSelector
@@ -349,9 +349,9 @@ def test_the_knee_is_where_fewer_dense_steps_are_as_good() -> None:
 
 def test_ours_is_the_one_with_distilled_steps_where_it_was_run() -> None:
     both = [run("ours", 50, 0, 0.6, 8), run("ours, steps distilled", 40, 0, 0.6, 8)]
-    assert best_of_ours(both, 0.6, 8) == "ours, steps distilled"
-    assert best_of_ours(both[:1], 0.6, 8) == "ours"
-    assert best_of_ours(both, 0.42, 8) == ""
+    assert standing_for(BY_GRADIENTS, both, 0.6, 8) == "ours, steps distilled"
+    assert standing_for(BY_GRADIENTS, both[:1], 0.6, 8) == "ours"
+    assert standing_for(BY_GRADIENTS, both, 0.42, 8) == ""
 
 
 POOL_OF_ONE = """

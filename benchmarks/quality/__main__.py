@@ -31,7 +31,14 @@ from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
 from benchmarks.quality.pool import run_all
 from benchmarks.quality.settings import SMOKE, Scale, config
-from benchmarks.quality.table import ahead_of, best_of_ours, knee, summarise
+from benchmarks.quality.table import (
+    BY_ERRORS,
+    BY_GRADIENTS,
+    ahead_of,
+    knee,
+    standing_for,
+    summarise,
+)
 from benchmarks.reference import fashion_mnist
 from diffcr_compile.config import make_config
 from diffcr_compile.errors import DiffCRError
@@ -83,10 +90,8 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     rows = [row for row in every if row["task"] == "generation"]
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
-    ours = {budget: best_of_ours(runs, budget, scale.few) for budget in scale.budgets}
-    with_ours = [budget for budget, variant in ours.items() if variant]
     sheets = earlier_sheets(target)
-    for budget in with_ours:
+    for budget in scale.budgets:
         # runs that were taken up from the committed JSON have no images; neither has their sheet to be drawn anew
         if (
             work / f"{Job('ours', budget, scale.seeds[0], scale.few).name}.safetensors"
@@ -98,10 +103,8 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
         "conditions": conditions(scale),
         "missing": [dataclasses.asdict(job) for job in every_job if job not in done],
         "summary": every,
-        "ours_against": {
-            str(b): {"ours": ours[b], "others": ahead_of(runs, b, scale.few, ours[b])}
-            for b in with_ours
-        },
+        "ours_against": against(BY_GRADIENTS, runs, scale),
+        "measured_errors_against": against(BY_ERRORS, runs, scale),
         "knee": knee(rows, scale.budgets[0]),
         "sheets_top_to_bottom": sheets,
         "runs": runs,
@@ -119,6 +122,20 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
             f"MACs {row['macs']['mean']:6.1%}: KID x 1000 {kid['mean']:6.1f} "
             f"({kid['min']:.1f} to {kid['max']:.1f}, {row['seeds']} seeds)"
         )
+
+
+def against(
+    variants: Sequence[str], runs: Sequence[dict[str, Any]], scale: Scale
+) -> dict[str, Any]:
+    """By budget: one way of ours against everything else, with few steps."""
+    ours = {
+        budget: standing_for(variants, runs, budget, scale.few) for budget in scale.budgets
+    }
+    return {
+        str(budget): {"ours": name, "others": ahead_of(runs, budget, scale.few, name)}
+        for budget, name in ours.items()
+        if name
+    }
 
 
 def earlier_sheets(target: Path) -> dict[str, list[str]]:

@@ -10,7 +10,10 @@ from benchmarks.quality.settings import DISTILLED
 
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
 HEADLINE = "kid_x1000"
-OUR_VARIANTS = ("ours", "ours" + DISTILLED)
+# The two ways to keep ratios that the calibration has, each without and with distilled steps.
+BY_GRADIENTS = ("ours", "ours" + DISTILLED)
+BY_ERRORS = ("ratios from measured errors", "ratios from measured errors" + DISTILLED)
+OUR_VARIANTS = BY_GRADIENTS + BY_ERRORS
 Run = Mapping[str, Any]
 
 
@@ -26,14 +29,16 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def best_of_ours(runs: Sequence[Run], budget: float, steps: int) -> str:
-    """The variant that stands for ours in generation: steps distilled where that was run; "" where none was."""
+def standing_for(
+    variants: Sequence[str], runs: Sequence[Run], budget: float, steps: int
+) -> str:
+    """Which of the variants of one way stands for it in generation: steps distilled where that was run; "" for none."""
     found = {
         run["variant"]
         for run in runs
         if (run["task"], run["budget"], run["steps"]) == ("generation", budget, steps)
     }
-    return max(found.intersection(OUR_VARIANTS), key=OUR_VARIANTS.index, default="")
+    return max(found.intersection(variants), key=variants.index, default="")
 
 
 def ahead_of(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
-from benchmarks.quality.settings import DISTILLED, ROUTED, Scale
+from benchmarks.quality.settings import DISTILLED, EARLY, ROUTED, Scale
 from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
@@ -32,10 +32,13 @@ AT_A_BUDGET = (
     "dense, fewer steps",
     "training-free",
 )
-# At the first budget only: what training costs, and the paper's estimator.
+# At the first budget only: what training costs, when learning ends, and the paper's estimator.
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
-STEPS_DISTILLED = tuple(name for name in ROUTED if name.endswith(DISTILLED))
+SETTLED_EARLY = EARLY + DISTILLED
+STEPS_DISTILLED = tuple(
+    name for name in ROUTED if name.endswith(DISTILLED) and name != SETTLED_EARLY
+)
 # With many steps, where leaving steps out is cheap.
 MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
 
@@ -46,7 +49,7 @@ def jobs(scale: Scale) -> list[list[Job]]:
     one, few = scale.seeds[0], scale.few
     main = [
         *with_all_seeds((*DENSE, f"dense{DISTILLED}"), 1.0, scale),
-        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, FIFTH), first, scale),
+        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, SETTLED_EARLY, FIFTH), first, scale),
     ]
     lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
     groups = [

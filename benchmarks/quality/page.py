@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED
+from benchmarks.quality.settings import DISTILLED, EARLY
 from benchmarks.quality.table import OUR_VARIANTS
 from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
@@ -31,6 +31,7 @@ NOTES = {
     "dense, fewer steps": "as many as the budget pays for, rounded down",
     "dense, fine-tuned": "trained on for as many steps, flow matching on images",
     "ours, a fifth of the steps": "of training",
+    EARLY: "ours with `calibration.settle` 0.7 in the place of 0.4",
     "ours, two bins": "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
 }

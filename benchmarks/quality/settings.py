@@ -44,6 +44,9 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "ours, a fifth of the steps": {},
     "training-free": {},
 }
+# Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
+EARLY = "ours, settled early"
+ROUTED[EARLY] = {"calibration": {"settle": 0.7}}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -54,6 +57,7 @@ ROUTED |= {
         "blocks dropped",
         "random router",
         "ratios from measured errors",
+        EARLY,
     )
 }
 # Share of the training steps that all others have.

@@ -19,6 +19,7 @@ from diffcr_compile import cli
 from diffcr_compile.commands import progress as progress_module
 from diffcr_compile.config import CompileConfig, load_config, make_config
 from diffcr_compile.config_text import commented_yaml, json_schema
+from diffcr_compile.errors import EnvironmentMissingError
 from tests import models
 from tests.test_cli import SMALL, run
 
@@ -181,6 +182,16 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
         assert run(monkeypatch, "compile", TINY, *arguments.split()) == status
         assert words in " ".join(capsys.readouterr().err.split())
     assert "budget" in arguments or tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "compile"])
+def test_onnx_runtime_is_asked_for_where_graphs_are_compared_only(
+    verb: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    status = run(monkeypatch, verb, TINY, "-o", str(tmp_path / "new"), "--dry-run")
+    assert status == (0 if verb == "calibrate" else EnvironmentMissingError.exit_code)
+    assert ("onnxruntime" in capsys.readouterr().err) == (verb == "compile")
 
 
 def test_damaged_stages_are_named_by_the_dry_run_too(

@@ -73,13 +73,13 @@ class Job:
             )
         return artifact, time.monotonic() - started
 
-    def announce(self, stages: str, as_json: bool = False) -> None:
+    def announce(self, stages: str, as_json: bool = False, until: Until | None = None) -> None:
         """The dry run: what would be done and written, after a look at the model. Writes nothing."""
         from diffcr_compile.workspace import check_ours, read_records
 
         check_ours(self.out)
         finished = read_records(self.out)
-        plan, budget = self._checked()
+        plan, budget = self._checked(until)
         done = [name for name in stages.split(", ") if name in finished]
         routed, refused = len(plan.blocks), len(plan.refused)
         if as_json:
@@ -97,7 +97,7 @@ class Job:
         say(f"stages: {stages}{before}")
         say("nothing was written")
 
-    def _checked(self) -> tuple[Plan, str]:
+    def _checked(self, until: Until | None) -> tuple[Plan, str]:
         """What the compilation would find, and its budget, after all that it checks before it begins to work."""
         import diffcr_compile as dcr
         from diffcr_compile.asked import asked_for
@@ -106,7 +106,7 @@ class Job:
         from diffcr_compile.schedule import check_budget
 
         run = self.config.run
-        asked = asked_for(self.config, run.budget, run.learned_from)
+        asked = asked_for(self.config, run.budget, run.learned_from, until)
         case = self.load()
         _, inputs, runs = open_model(case.model, case.inputs, None, None)
         guidance_of(runs, asked.config.export, call_batch(inputs))

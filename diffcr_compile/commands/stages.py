@@ -42,7 +42,7 @@ def calibrate(
     """Learn routers and keep ratios under a budget. Interrupted, the same command goes on."""
     job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs)
     if dry_run:
-        job.announce("capture, route, rollouts, calibrate")
+        job.announce("capture, route, rollouts, calibrate", until="calibrate")
         return
     artifact, seconds = job.compile(until="calibrate")
     say_done(artifact, seconds, "calibrated", f"diffcr freeze {out}")
@@ -54,7 +54,7 @@ def freeze(out: Folder, dry_run: DryRun = False) -> None:
 
     job = job_of_folder(out)
     if dry_run:
-        job.announce("capture, route, rollouts, calibrate, freeze")
+        job.announce("capture, route, rollouts, calibrate, freeze", until="freeze")
         return
     artifact, seconds = job.compile(until="freeze")
     schedule = json.loads((out / "model/schedule.json").read_text())
@@ -67,7 +67,7 @@ def export(out: Folder, dry_run: DryRun = False) -> None:
     """Write ONNX graphs, weights, golden outputs and manifest. Goes on in a folder of calibrate or freeze."""
     job = job_of_folder(out)
     if dry_run:
-        job.announce("capture, route, rollouts, calibrate, freeze, export")
+        job.announce("capture, route, rollouts, calibrate, freeze, export", until="export")
         return
     artifact, seconds = job.compile(until="export")
     say_done(artifact, seconds, "exported", f"diffcr validate {out}")

@@ -15,7 +15,7 @@ from diffcr_compile.budgets import budget_costs, cost_table
 from diffcr_compile.calibrate.data import Conditions
 from diffcr_compile.calibrate.distributed import joined_ranks
 from diffcr_compile.calibrate.loop import CalibrationResult
-from diffcr_compile.calibrate.samplers import FlowEuler, Sampler
+from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibration_keys import (
     calibration_settings,
     keys_in_a_folder,
@@ -70,6 +70,7 @@ from diffcr_compile.stages import (
     learn,
     program_of,
     routed_program,
+    sampler_for,
     teacher_states,
     uniform_schedule,
 )
@@ -200,7 +201,7 @@ def calibrate(
     program = program_of(routed, Stage.ROUTED)
     share = parse_budget(budget)
     check_budget(budget_costs(program, config), share)
-    sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    sampler = sampler_for(sampler, config)
     rollouts_key = None
     if folder is not None:
         made_from = states_identity(program, data, config, sampler, conditions)
@@ -353,7 +354,7 @@ def compile(
     )
     user_model, model = model, prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
-    sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    sampler = sampler_for(sampler, config)
     guidance = guidance_of(runs, config.export, call_batch(example_inputs))
     batch = graph_batch(guidance, config.export)
     patience = config.calibration.rank_timeout

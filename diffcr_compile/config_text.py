@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from diffcr_compile.config import CompileConfig, load_config
+from diffcr_compile.config import CompileConfig
+from diffcr_compile.config_file import load_config
 
 SCHEMA_ID = "diffcr.schema.json"
 _ORIGIN = re.compile(r"  (\w+): .*  # (.*)$")

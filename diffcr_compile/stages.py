@@ -114,6 +114,11 @@ def even_buckets(config: RoutingConfig) -> TimestepBuckets:
     return TimestepBuckets.even(config.buckets, config.timestep_low, config.timestep_high)
 
 
+def sampler_for(given: Sampler | None, config: CompileConfig) -> Sampler:
+    """The sampler that was given, or Euler steps of flow matching over the model's range of timesteps."""
+    return given or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+
+
 def teacher_states(
     program: Program,
     data: Data,
@@ -153,7 +158,7 @@ def teacher_states(
     if folder is not None:
         with disk_errors_in_words(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    sampler = sampler or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    sampler = sampler_for(sampler, config)
     _tell_size(program, data, config.rollouts, sampler, folder, progress)
     rollouts, seed = config.rollouts, config.calibration.seed
     buckets = _buckets_by_steps(data, config.routing, sampler)

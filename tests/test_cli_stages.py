@@ -17,7 +17,8 @@ from rich.console import Console
 import diffcr_compile
 from diffcr_compile import cli
 from diffcr_compile.commands import progress as progress_module
-from diffcr_compile.config import CompileConfig, load_config, make_config
+from diffcr_compile.config import CompileConfig, make_config
+from diffcr_compile.config_file import load_config
 from diffcr_compile.config_text import commented_yaml, json_schema
 from diffcr_compile.errors import EnvironmentMissingError
 from tests import models

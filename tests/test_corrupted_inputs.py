@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from diffcr_compile.calibrate.state import load_state
-from diffcr_compile.config import load_config
+from diffcr_compile.config_file import load_config
 from diffcr_compile.config_text import read_effective
 from diffcr_compile.error_cases import CASES
 from diffcr_compile.errors import DiffCRError

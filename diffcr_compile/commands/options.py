@@ -69,7 +69,7 @@ def settings(
     defaults: Mapping[str, Any] | None = None,
 ) -> Any:
     """The settings of a compilation from ``--config`` and ``--set``."""
-    from diffcr_compile.config import load_config
+    from diffcr_compile.config_file import load_config
 
     overrides: dict[str, Any] = {}
     for text in assignments or []:

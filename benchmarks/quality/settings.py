@@ -45,8 +45,14 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "training-free": {},
 }
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
-EARLY = "ours, settled early"
-ROUTED[EARLY] = {"calibration": {"settle": 0.7}}
+EARLY = tuple(name + ", settled early" for name in ("ours", "uniform (Mixture-of-Depths)"))
+ROUTED |= {
+    EARLY[0]: {"calibration": {"settle": 0.7}},
+    EARLY[1]: {
+        "routing": {"skip_blocks": False},
+        "calibration": {"ratios": "uniform", "settle": 0.7},
+    },
+}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -57,7 +63,7 @@ ROUTED |= {
         "blocks dropped",
         "random router",
         "ratios from measured errors",
-        EARLY,
+        *EARLY,
     )
 }
 # Share of the training steps that all others have.

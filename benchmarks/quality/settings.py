@@ -45,14 +45,10 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "training-free": {},
 }
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
-EARLY = tuple(name + ", settled early" for name in ("ours", "uniform (Mixture-of-Depths)"))
-ROUTED |= {
-    EARLY[0]: {"calibration": {"settle": 0.7}},
-    EARLY[1]: {
-        "routing": {"skip_blocks": False},
-        "calibration": {"ratios": "uniform", "settle": 0.7},
-    },
-}
+EARLY = ("ours, settled early", "uniform (Mixture-of-Depths), settled early")
+for name in EARLY:
+    usual = ROUTED[name.removesuffix(", settled early")]
+    ROUTED[name] = {**usual, "calibration": {**usual.get("calibration", {}), "settle": 0.7}}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {

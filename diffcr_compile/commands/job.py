@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffcr_compile.commands.options import settings
 from diffcr_compile.commands.progress import progress
-from diffcr_compile.commands.terminal import note, print_json, say, terminal
+from diffcr_compile.commands.terminal import note, say, terminal
 from diffcr_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Job:
             )
         return artifact, time.monotonic() - started
 
-    def announce(self, stages: str, as_json: bool = False, until: Until | None = None) -> None:
+    def announce(self, stages: str, until: Until | None = None) -> None:
         """The dry run: what would be done and written, after a look at the model. Writes nothing."""
         from diffcr_compile.workspace import check_ours, read_records
 
@@ -82,13 +82,6 @@ class Job:
         plan, budget = self._checked(until)
         done = [name for name in stages.split(", ") if name in finished]
         routed, refused = len(plan.blocks), len(plan.refused)
-        if as_json:
-            print_json(
-                {"model": self.source, "out": str(self.out), "stages": stages.split(", "), "finished": done,
-                 "budget": budget, "routed": routed, "refused": refused, "error": plan.error,
-                 "written": False}
-            )  # fmt: skip
-            return
         say(f"would compile {self.source} into {self.out}, budget {budget}")
         say(f"{routed} blocks would be routed, {refused} stay dense")
         if plan.error:

@@ -273,10 +273,17 @@ def test_no_job_comes_twice_and_the_dense_model_comes_before_what_is_compared_wi
             assert job.dense in order[: number + 1]
 
 
-def run(variant: str, kid: float, seed: int, budget: float = 0.6, steps: int = 4) -> dict:
+def run(
+    variant: str,
+    kid: float,
+    seed: int,
+    budget: float = 0.6,
+    steps: int = 4,
+    training: float = 1.0,
+) -> dict:
     figures = {"kid_x1000": kid, "frechet": 1.0, "class_accuracy": 0.5, "macs": budget}
     key = {"task": "generation", "variant": variant, "budget": budget}
-    key |= {"seed": seed, "steps": steps}
+    key |= {"seed": seed, "steps": steps, "training": training}
     return {**key, **figures, "psnr_to_dense_db": None, "steps_taken": steps}
 
 
@@ -309,6 +316,34 @@ def test_seeds_are_compared_with_the_same_noise() -> None:
     assert {name: entry["better_in_every_seed"] for name, entry in found.items()} == {
         "worse": True, "better": False, "equal": None, "one": None,
     }  # fmt: skip
+
+
+def test_what_was_trained_for_a_shorter_time_is_compared_with_its_like() -> None:
+    """And with what is not trained at all."""
+    runs = [run("ours", 10, 0), run("uniform (Mixture-of-Depths)", 11, 0)]
+    runs += [run("ours", 20, 0, training=0.25), run("blocks dropped", 22, 0, training=0.25)]
+    runs += [run("dense", 5, 0, 1.0), run("dense, fewer steps", 30, 0)]
+    for training, others in (
+        (1.0, {"uniform (Mixture-of-Depths)": -1, "dense": 5, "dense, fewer steps": -20}),
+        (0.25, {"blocks dropped": -2, "dense": 15, "dense, fewer steps": -10}),
+    ):
+        found = ahead_of(runs, 0.6, 4, training=training)
+        assert {row["variant"]: row["difference"] for row in found} == others
+    assert len(summarise(runs)) == len(runs)
+    assert standing_for(BY_GRADIENTS, runs, 0.6, 4, 0.25) == "ours"
+    assert standing_for(BY_GRADIENTS, runs, 0.6, 4, 0.5) == ""
+
+
+def test_a_quarter_of_the_samples_is_half_the_steps_of_half_the_size() -> None:
+    full = Scale()
+    short = full.trained_for(0.25)
+    assert (short.calibration_steps, short.batch) == (320, 32)
+    assert full.trained_for(1.0) == full
+    names = {job.name for group in jobs(full) for job in group}
+    assert {
+        "ours-steps-distilled_60_8steps_0",
+        "ours-steps-distilled_60_8steps_0_trained25",
+    } <= names
 
 
 def test_runs_of_other_settings_are_not_taken_up(tmp_path: Path) -> None:

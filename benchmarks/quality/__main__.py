@@ -30,7 +30,7 @@ from benchmarks.quality.jobs import jobs
 from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
 from benchmarks.quality.pool import run_all
-from benchmarks.quality.settings import SMOKE, Scale, config
+from benchmarks.quality.settings import SHORT, SMOKE, Scale, config
 from benchmarks.quality.table import (
     BY_ERRORS,
     BY_GRADIENTS,
@@ -85,9 +85,14 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     """The table of all runs that are there."""
     every_job = [job for group in jobs(scale) for job in group]
     done = [job for job in every_job if (work / f"{job.name}.json").exists()]
-    runs = [json.loads((work / f"{job.name}.json").read_text()) for job in done]
+    runs = [
+        {**dataclasses.asdict(job), **json.loads((work / f"{job.name}.json").read_text())}
+        for job in done
+    ]
     every = summarise(runs)
-    rows = [row for row in every if row["task"] == "generation"]
+    rows = [
+        row for row in every if (row["task"], row["training"]) == ("generation", 1.0)
+    ]  # in the pictures: trained in full
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
     sheets = earlier_sheets(target)
@@ -127,15 +132,16 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
 def against(
     variants: Sequence[str], runs: Sequence[dict[str, Any]], scale: Scale
 ) -> dict[str, Any]:
-    """By budget: one way of ours against everything else, with few steps."""
-    ours = {
-        budget: standing_for(variants, runs, budget, scale.few) for budget in scale.budgets
-    }
-    return {
-        str(budget): {"ours": name, "others": ahead_of(runs, budget, scale.few, name)}
-        for budget, name in ours.items()
-        if name
-    }
+    """By training and budget: one way of ours against everything else, with few steps."""
+    result: dict[str, Any] = {}
+    for training in (1.0, SHORT):
+        for budget in scale.budgets:
+            name = standing_for(variants, runs, budget, scale.few, training)
+            if name:
+                others = ahead_of(runs, budget, scale.few, name, training)
+                found = result.setdefault(str(training), {})
+                found[str(budget)] = {"ours": name, "others": others}
+    return result
 
 
 def earlier_sheets(target: Path) -> dict[str, list[str]]:
@@ -162,7 +168,8 @@ def take_up(published: Path, scale: Scale, work: Path) -> None:
         print(f"{published.name} was made with other settings: all runs are made anew")
         return
     for entry in report["runs"]:
-        job = Job(*(entry[field.name] for field in dataclasses.fields(Job)))
+        names = [field.name for field in dataclasses.fields(Job)]
+        job = Job(**{name: entry[name] for name in names if name in entry})
         path = work / f"{job.name}.json"
         if not path.exists():
             path.write_text(json.dumps(entry, indent=1))
@@ -195,7 +202,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     take_up(target, scale, args.work)
     groups = [
-        [Case(job, scale, args.work, args.data) for job in group]
+        [Case(job, scale.trained_for(job.training), args.work, args.data) for job in group]
         for group in chosen(jobs(scale), args.only)
     ]
     if not args.report:

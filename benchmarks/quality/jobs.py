@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
-from benchmarks.quality.settings import DISTILLED, EARLY, ROUTED, Scale
+from benchmarks.quality.settings import DISTILLED, EARLY, ROUTED, SHORT, Scale
 from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
@@ -52,8 +52,17 @@ def jobs(scale: Scale) -> list[list[Job]]:
         *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), first, scale),
     ]
     lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
+    short = [
+        *with_all_seeds((DENSE[1], f"dense{DISTILLED}"), 1.0, scale, SHORT),
+        *(
+            job
+            for budget in scale.budgets[:2]
+            for job in with_all_seeds(STEPS_DISTILLED, budget, scale, SHORT)
+        ),
+    ]
     groups = [
         [*main, *lowest],
+        short,
         [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
@@ -63,8 +72,14 @@ def jobs(scale: Scale) -> list[list[Job]]:
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
 
 
-def with_all_seeds(variants: Sequence[str], budget: float, scale: Scale) -> list[Job]:
-    return [Job(name, budget, seed, scale.few) for seed in scale.seeds for name in variants]
+def with_all_seeds(
+    variants: Sequence[str], budget: float, scale: Scale, training: float = 1.0
+) -> list[Job]:
+    return [
+        Job(name, budget, seed, scale.few, training=training)
+        for seed in scale.seeds
+        for name in variants
+    ]
 
 
 def inpainting(scale: Scale) -> list[Job]:

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY
-from benchmarks.quality.table import OUR_VARIANTS
+from benchmarks.quality.settings import DISTILLED, EARLY, SHORT, Scale
+from benchmarks.quality.table import OUR_VARIANTS, compared
 from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
 Report = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "docs/quality.md"
 WAYS = ("ours_against", "measured_errors_against")  # the columns that compare
+_SHORT = Scale().trained_for(SHORT)
+SHORTLY = f"{_SHORT.calibration_steps} steps of {_SHORT.batch}"
 SMALL = 10  # from here down figures have two digits
 INPAINTING = (
     f"One rectangle of each held-out image is painted anew, {SMALLEST} to {LARGEST} of 32 pixels high and wide, and what is "
@@ -56,7 +58,8 @@ def _head(report: Report) -> Iterator[str]:
         f"Reference DiT (Fashion-MNIST, 256 tokens), {scale['samples']} samples, Euler without guidance. Figures are "
         f"{report['metric']}, lower is better, not comparable with Inception KID or FID; in brackets the smallest and "
         "largest over seeds, a seed being that of the training and of the noise, which all variants share. What is "
-        f"trained is trained for {scale['calibration_steps']} steps of {scale['batch']} samples with the same optimizer. "
+        f"trained is trained for {scale['calibration_steps']} steps of {scale['batch']} samples with the same optimizer, "
+        f"{SHORTLY} where a table says so. "
         f"Held-out real images score {scale['real_against_real_floor']['kid_x1000']:.2f}. *Steps distilled* "
         f"says that it was trained towards the dense model's own sampling in {scale['substeps']} smaller steps for each "
         f"step (`rollouts.substeps`), {scale['trajectories']:,} images of it from noise, in the place of training images. "
@@ -83,35 +86,32 @@ def _devices(report: Report) -> list[tuple[str, int]]:
 def _tables(report: Report) -> Iterator[str]:
     rows = report["summary"]
     keys = sorted(
-        {(r["task"], r["budget"], r["steps"]) for r in rows if r["budget"] < 1},
-        key=lambda k: (k[0], k[2], -k[1]),
+        {(r["task"], r["budget"], r["steps"], r["training"]) for r in rows if r["budget"] < 1},
+        key=lambda k: (k[0], k[2], -k[3], -k[1]),
     )
-    for task, budget, steps in keys:
-        mine = [
-            r
-            for r in rows
-            if (r["task"], r["steps"]) == (task, steps) and r["budget"] in (budget, 1.0)
-        ]
+    for task, budget, steps, training in keys:
+        mine = compared(rows, task, budget, steps, training)
         yield ""
-        yield f"## {task.capitalize()}: {budget:.0%} of the MACs, {steps} steps"
+        length = "" if training == 1 else f", trained for {SHORTLY}"
+        yield f"## {task.capitalize()}: {budget:.0%} of the MACs, {steps} steps{length}"
         yield ""
         if task == "inpainting":
             yield INPAINTING
             yield ""
         yield "| | KID x 1000 | gradients less it | errors less it | PSNR to dense, dB | MACs of the loop | seeds |"
         yield "|---|---|---|---|---|---|---|"
-        against = [_against(report, way, task, budget, steps) for way in WAYS]
+        against = [_against(report, way, task, budget, steps, training) for way in WAYS]
         for row in sorted(mine, key=lambda r: (r["budget"] < 1, r["kid_x1000"]["mean"])):
             yield _row(row, [found.get(row["variant"], []) for found in against])
 
 
 def _against(
-    report: Report, way: str, task: str, budget: float, steps: int
+    report: Report, way: str, task: str, budget: float, steps: int, training: float
 ) -> dict[str, list[float]]:
     """One way of ours less each variant, seed by seed; said of generation with few steps only."""
     if (task, steps) != ("generation", report["conditions"]["few"]):
         return {}
-    found = report[way].get(str(budget), {"others": []})
+    found = report[way].get(str(training), {}).get(str(budget), {"others": []})
     return {row["variant"]: row["by_seed"] for row in found["others"]}
 
 

@@ -10,6 +10,8 @@ from diffcr_compile.config import CompileConfig, make_config
 BUDGETS = (0.6, 0.42, 0.8)
 SEEDS = (0, 1, 2)
 SAMPLES = 2000
+# Of the samples of the full training. The package's own calibration is 240 steps of 24 by default, half of that.
+SHORT = 0.25
 # Sampling steps of the regimes. Multiples of the number of timestep buckets, so that every bucket holds
 # equally many steps and a schedule costs in the loop what the solver says.
 FEW_STEPS, MANY_STEPS = 8, 20
@@ -64,6 +66,14 @@ ROUTED |= {
 }
 # Share of the training steps that all others have.
 STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
+# These are the same however long the others are trained.
+UNTRAINED = (
+    "dense",
+    "dense, fewer steps",
+    "steps reuse blocks",
+    "tokens merged (2-D ToMe)",
+    "training-free",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +99,15 @@ class Scale:
     def states(self) -> int:
         """As many as a calibration draws, so that hardly any is seen often."""
         return self.calibration_steps * self.batch
+
+    def trained_for(self, share: float) -> Scale:
+        """The same with a share of the training's samples: its root of the steps, and of their size."""
+        root = share**0.5
+        return dataclasses.replace(
+            self,
+            calibration_steps=round(root * self.calibration_steps),
+            batch=round(root * self.batch),
+        )
 
 
 SMOKE = Scale(

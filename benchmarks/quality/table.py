@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY
+from benchmarks.quality.settings import DISTILLED, EARLY, UNTRAINED
 
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
 HEADLINE = "kid_x1000"
@@ -18,8 +18,8 @@ Run = Mapping[str, Any]
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row per task, variant, budget and steps: mean, smallest and largest of every figure over seeds."""
-    keys = ("task", "variant", "budget", "steps")
+    """A row per task, variant, budget, steps and training: mean, smallest and largest of every figure over seeds."""
+    keys = ("task", "variant", "budget", "steps", "training")
     rows = []
     for key in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
         mine = [run for run in runs if tuple(run[k] for k in keys) == key]
@@ -29,20 +29,34 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def compared(
+    rows: Sequence[Run], task: str, budget: float, steps: int, training: float
+) -> list[Run]:
+    """What stands in one table: a budget and the dense models, trained for equally long or not at all."""
+    return [
+        row
+        for row in rows
+        if (row["task"], row["steps"]) == (task, steps)
+        and row["budget"] in (budget, 1.0)
+        and (row["training"] == training or row["variant"] in UNTRAINED)
+    ]
+
+
 def standing_for(
-    variants: Sequence[str], runs: Sequence[Run], budget: float, steps: int
+    variants: Sequence[str],
+    runs: Sequence[Run],
+    budget: float,
+    steps: int,
+    training: float = 1.0,
 ) -> str:
     """Which of the variants of one way stands for it in generation: steps distilled where that was run; "" for none."""
-    found = {
-        run["variant"]
-        for run in runs
-        if (run["task"], run["budget"], run["steps"]) == ("generation", budget, steps)
-    }
+    here = compared(runs, "generation", budget, steps, training)
+    found = {run["variant"] for run in here if run["budget"] == budget}
     return max(found.intersection(variants), key=variants.index, default="")
 
 
 def ahead_of(
-    runs: Sequence[Run], budget: float, steps: int, ours: str = "ours"
+    runs: Sequence[Run], budget: float, steps: int, ours: str = "ours", training: float = 1.0
 ) -> list[dict[str, Any]]:
     """Ours in generation against every other variant of a budget, and against the dense ones.
 
@@ -51,6 +65,7 @@ def ahead_of(
         budget: which budget.
         steps: which sampling steps.
         ours: the variant that is called so.
+        training: share of the samples that training sees.
 
     Returns:
         For each: the difference and ratio of the means, and two answers to "is ours better?". ``better`` is True where
@@ -59,13 +74,7 @@ def ahead_of(
         noise does to both is out of it; ``better_in_every_seed`` is True where all of these favour ours, False where
         all favour the other, None else or with one seed.
     """
-    here = [
-        run
-        for run in runs
-        if run["task"] == "generation"
-        and run["budget"] in (budget, 1.0)
-        and run["steps"] == steps
-    ]
+    here = compared(runs, "generation", budget, steps, training)
     by_variant: dict[str, dict[int, float]] = {}
     for run in here:
         by_variant.setdefault(run["variant"], {})[run["seed"]] = run[HEADLINE]

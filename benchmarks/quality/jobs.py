@@ -35,9 +35,9 @@ AT_A_BUDGET = (
 # At the first budget only: what training costs, when learning ends, and the paper's estimator.
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
-SETTLED_EARLY = tuple(name + DISTILLED for name in EARLY)
+SETTLED_EARLY = EARLY + DISTILLED
 STEPS_DISTILLED = tuple(
-    name for name in ROUTED if name.endswith(DISTILLED) and name not in SETTLED_EARLY
+    name for name in ROUTED if name.endswith(DISTILLED) and name != SETTLED_EARLY
 )
 # With many steps, where leaving steps out is cheap.
 MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
@@ -49,7 +49,7 @@ def jobs(scale: Scale) -> list[list[Job]]:
     one, few = scale.seeds[0], scale.few
     main = [
         *with_all_seeds((*DENSE, f"dense{DISTILLED}"), 1.0, scale),
-        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), first, scale),
+        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, SETTLED_EARLY, FIFTH), first, scale),
     ]
     lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
     short = [

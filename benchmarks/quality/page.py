@@ -33,8 +33,7 @@ NOTES = {
     "dense, fewer steps": "as many as the budget pays for, rounded down",
     "dense, fine-tuned": "trained on for as many steps, flow matching on images",
     "ours, a fifth of the steps": "of training",
-    EARLY[0]: "ours with `calibration.settle` 0.7 in the place of 0.4",
-    EARLY[1]: "uniform with the same",
+    EARLY: "ours with `calibration.settle` 0.7 in the place of 0.4",
     "ours, two bins": "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
 }

@@ -47,10 +47,8 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "training-free": {},
 }
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
-EARLY = ("ours, settled early", "uniform (Mixture-of-Depths), settled early")
-for name in EARLY:
-    usual = ROUTED[name.removesuffix(", settled early")]
-    ROUTED[name] = {**usual, "calibration": {**usual.get("calibration", {}), "settle": 0.7}}
+EARLY = "ours, settled early"
+ROUTED[EARLY] = {"calibration": {"settle": 0.7}}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -61,7 +59,7 @@ ROUTED |= {
         "blocks dropped",
         "random router",
         "ratios from measured errors",
-        *EARLY,
+        EARLY,
     )
 }
 # Share of the training steps that all others have.

@@ -13,7 +13,7 @@ HEADLINE = "kid_x1000"
 # The two ways to keep ratios that the calibration has, each without and with distilled steps.
 BY_GRADIENTS = ("ours", "ours" + DISTILLED)
 BY_ERRORS = ("ratios from measured errors", "ratios from measured errors" + DISTILLED)
-OUR_VARIANTS = (*BY_GRADIENTS, *BY_ERRORS, EARLY[0] + DISTILLED)
+OUR_VARIANTS = (*BY_GRADIENTS, *BY_ERRORS, EARLY + DISTILLED)
 Run = Mapping[str, Any]
 
 

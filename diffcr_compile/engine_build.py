@@ -21,7 +21,7 @@ from diffcr_compile.engine_plan import (
     plan_engines,
 )
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
-from diffcr_compile.export.device.builder import Built, Progress, build_engines
+from diffcr_compile.export.device.builder import Built, build_engines
 from diffcr_compile.export.device.check import check_engines, tolerance_of
 from diffcr_compile.export.device.job import BuildSettings
 from diffcr_compile.export.device.memory import (
@@ -35,6 +35,7 @@ from diffcr_compile.export.device.script import write_script
 from diffcr_compile.export.device.trtexec import trtexec_lines
 from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.planning.targets import Target
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.runtime.device import Device, tensorrt_module, version_of
 from diffcr_compile.runtime.open_engines import open_device
 
@@ -134,7 +135,7 @@ def build(
     target: Target,
     mode: Literal["auto", "profiles", "per_bucket"] = "auto",
     settings: BuildSettings | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
     layout: Literal["auto"] | ProfileLayout = "auto",
 ) -> BuildResult:
     """Build the engines of an artifact and, on the device, compare them with the golden outputs.

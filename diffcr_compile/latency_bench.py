@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from diffcr_compile.export.weights import write_shared_weights
 from diffcr_compile.macs import levels_of_blocks
 from diffcr_compile.manifest import sha256_file
 from diffcr_compile.program import Program, evaluating, rebuild_call
+from diffcr_compile.progress import Progress
 from diffcr_compile.runtime.block_bench import KIT_FILE, onnxruntime_backend, open_kit
 from diffcr_compile.runtime.latency import (
     MOST_ROUNDS,
@@ -30,7 +31,6 @@ from diffcr_compile.runtime.latency import (
 
 BackendName = Literal["onnxruntime", "torch"]
 WEIGHTS = "weights.bin"
-Progress = Callable[[int, int], None]
 
 
 def measure_latency(

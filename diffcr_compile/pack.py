@@ -33,7 +33,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same artifact gives the same bytes
 # What the runtime is made of; below these, everything but the exceptions.
 _SOURCES = (
     "__init__.py", "callable_package.py", "device_doctor.py", "device_state.py", "durable.py", "engine_plan.py",
-    "error_cases.py", "errors.py", "folder_lock.py", "manifest.py", "manifest_form.py", "on_device.py", "validate.py",
+    "error_cases.py", "errors.py", "folder_lock.py", "manifest.py", "manifest_form.py", "on_device.py", "progress.py", "validate.py",
     "py.typed",
     "runtime/*.py", "export/__init__.py", "export/golden.py", "export/parity.py", "export/device/*.py",
 )  # fmt: skip

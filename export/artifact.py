@@ -49,9 +49,9 @@ from diffcr_compile.full_float32 import full_float32
 from diffcr_compile.manifest import MANIFEST_FILE, Manifest, hash_files, write_manifest
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.program import Program, Stage, evaluating, run_flat
+from diffcr_compile.progress import Progress
 
 InputsFor = Callable[[int], Mapping[str, Tensor]]
-Progress = Callable[[int, int], None]
 Export = Callable[[Program], tuple[onnx.ModelProto, dict[str, str]]]
 # A protobuf message cannot be larger.
 MAX_MESSAGE_BYTES = (1 << 31) - 1

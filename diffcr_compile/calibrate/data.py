@@ -18,10 +18,11 @@ from torch import Tensor
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.mean_steps import check_memoryless, output_leading_to, refined
 from diffcr_compile.calibrate.samplers import Sampler, model_input, timestep_like
-from diffcr_compile.calibrate.shards import Progress, Shard, made_in_shards
+from diffcr_compile.calibrate.shards import Shard, made_in_shards
 from diffcr_compile.config import RolloutConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import Program, run_flat
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.schedule import TimestepBuckets
 
 Conditions = Callable[[torch.Generator, int], Mapping[str, Tensor]]
@@ -126,7 +127,7 @@ def roll_out(
     conditions: Conditions,
     seed: int,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     key: str | None = None,
 ) -> TeacherStates:

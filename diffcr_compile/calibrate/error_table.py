@@ -10,7 +10,6 @@ this table finds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,9 +20,8 @@ from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.calibrate.shared_prefix import SharedPrefix
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.program import Program, selector_name
+from diffcr_compile.progress import Progress
 from diffcr_compile.schedule import CostTable, Floats, TokenSchedule
-
-Progress = Callable[[int, int], None]
 
 # Where the error is measured, in keep ratio; between these it is interpolated.
 PROBES = (0.0, 0.25, 0.5, 0.75)

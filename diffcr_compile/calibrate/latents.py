@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs, label_states
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import Program
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.schedule import TimestepBuckets
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -82,7 +83,7 @@ class LatentStates:
         program: Program,
         buckets: TimestepBuckets,
         seed: int,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: PhaseProgress | None = None,
     ) -> TeacherStates:
         """Noisy states of every timestep bucket, with the dense model's answers.
 
@@ -158,7 +159,7 @@ class LatentStates:
         self,
         program: Program,
         states: Iterator[dict[str, Tensor]],
-        progress: Callable[[str, int, int], None] | None,
+        progress: PhaseProgress | None,
     ) -> Iterator[dict[str, Tensor]]:
         batched = batched_inputs(program)
         fixed = {n: t for n, t in program.example.items() if n not in batched}

@@ -35,7 +35,6 @@ from diffcr_compile.calibrate.check_states import check_states
 from diffcr_compile.calibrate.checkpointing import recomputed_blocks
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.calibrate.distributed import Ranks
-from diffcr_compile.calibrate.error_table import Progress
 from diffcr_compile.calibrate.lora import low_rank
 from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.ratio_search import RatioSearch
@@ -57,6 +56,7 @@ from diffcr_compile.errors import (
     UsageError,
 )
 from diffcr_compile.program import Program, Stage
+from diffcr_compile.progress import Progress
 from diffcr_compile.schedule import (
     CostTable,
     KeepRatios,

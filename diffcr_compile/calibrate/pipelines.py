@@ -37,11 +37,12 @@ from diffcr_compile.calibrate.pipeline_calls import (
 )
 from diffcr_compile.calibrate.rollout_size import StatesSize
 from diffcr_compile.calibrate.samplers import scheduler_identity
-from diffcr_compile.calibrate.shards import Progress, made_in_shards
+from diffcr_compile.calibrate.shards import made_in_shards
 from diffcr_compile.capture import TIMESTEP_NAMES
 from diffcr_compile.config import RolloutConfig, RoutingConfig
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.program import Program
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.schedule import TimestepBuckets
 from diffcr_compile.signature import same_constant
 
@@ -98,7 +99,7 @@ class PipelineRuns:
         routing: RoutingConfig,
         seed: int,
         folder: Path | None = None,
-        progress: Progress | None = None,
+        progress: PhaseProgress | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         key: str | None = None,
     ) -> TeacherStates:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from diffcr_compile.calibrate.data import TeacherStates
-from diffcr_compile.calibrate.error_table import Progress, measure_errors, relative_errors
+from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.program import Program
+from diffcr_compile.progress import Progress
 from diffcr_compile.schedule import KeepRatios, TokenSchedule
 from diffcr_compile.solver import solve_least, solve_schedule
 

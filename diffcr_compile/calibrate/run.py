@@ -13,7 +13,6 @@ from torch.nn.functional import mse_loss
 from diffcr_compile.calibrate.block_outputs import BlockOutputs
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.calibrate.distributed import Ranks
-from diffcr_compile.calibrate.error_table import Progress
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.state import load_state, save_state
 from diffcr_compile.calibrate.trained import (
@@ -28,6 +27,7 @@ from diffcr_compile.errors import AccuracyError
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
 from diffcr_compile.program import Program, run_flat
+from diffcr_compile.progress import Progress
 
 WARM_START_STATES = 128
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.durable import atomic_write_bytes
 from diffcr_compile.errors import ArtifactError, UsageError
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.tensor_file import write_tensors
 
 MARKER = "rollouts.key"
 Shard = dict[str, Tensor]
-Progress = Callable[[str, int, int], None]
 
 
 def made_in_shards(
     count: int,
     make: Callable[[int], Shard],
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     key: str | None = None,
 ) -> list[Shard]:

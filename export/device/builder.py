@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from diffcr_compile.durable import PARTIAL_SUFFIX
@@ -21,6 +21,7 @@ from diffcr_compile.export.device.trtexec import (
 )
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.manifest import Manifest, sha256_file, verify_artifact
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.runtime.device import Device
 from diffcr_compile.runtime.engine_files import (
     ENGINES,
@@ -33,9 +34,6 @@ from diffcr_compile.runtime.engine_files import (
     take_ok_back,
     write_sidecar,
 )
-
-# (what is done, steps done, steps)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def build_engines(
     plan: EnginePlan,
     device: Device,
     settings: BuildSettings,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Built:
     """Build the engines of a plan that are not there yet, one process each, and write their sidecar.
 
@@ -108,7 +106,7 @@ def _build_each(
     folder: Path,
     device: Device,
     settings: BuildSettings,
-    progress: Progress | None,
+    progress: PhaseProgress | None,
 ) -> tuple[dict[str, PlanFile], tuple[str, ...]]:
     """The file of each engine, and the names of those that were there already."""
     files: dict[str, PlanFile] = {}
@@ -227,7 +225,7 @@ def _check_sum(plan: Path) -> None:
     )
 
 
-def _named(progress: Progress | None, engine: str) -> Progress | None:
+def _named(progress: PhaseProgress | None, engine: str) -> PhaseProgress | None:
     if progress is None:
         return None
     return lambda phase, done, steps: progress(f"{engine}: {phase}", done, steps)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import diffcr_compile
 from diffcr_compile import errors
 from diffcr_compile.errors import DiffCRError, ResourceError, UnsupportedModelError
 from diffcr_compile.export.device.job import BuildJob
+from diffcr_compile.progress import PhaseProgress
 from diffcr_compile.runtime.engine_files import PlanFile
 
-Progress = Callable[[str, int, int], None]
 WORKER = "diffcr_compile.export.device.worker"
 _KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}
 
 
-def build_in_process(job: BuildJob, progress: Progress | None = None) -> PlanFile:
+def build_in_process(job: BuildJob, progress: PhaseProgress | None = None) -> PlanFile:
     """Build one engine in a process of its own.
 
     Args:

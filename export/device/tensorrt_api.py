@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffcr_compile.engine_plan import Bounds
 from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.device.job import BuildSettings
+from diffcr_compile.progress import PhaseProgress
 
 ProfileBounds = Mapping[str, Bounds]
-# (phase of the build, steps done, steps)
-Progress = Callable[[str, int, int], None]
 
 
 def build_engine(
@@ -21,7 +20,7 @@ def build_engine(
     profiles: Sequence[ProfileBounds],
     settings: BuildSettings,
     timing_cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> bytes:
     """Build an engine.
 
@@ -122,7 +121,7 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: PhaseProgress) -> Any:
     """TensorRT's progress, told by its outermost phases; the inner ones come and go in milliseconds."""
     base = getattr(trt, "IProgressMonitor", None)
     if base is None:

@@ -85,10 +85,7 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     """The table of all runs that are there."""
     every_job = [job for group in jobs(scale) for job in group]
     done = [job for job in every_job if (work / f"{job.name}.json").exists()]
-    runs = [
-        {**dataclasses.asdict(job), **json.loads((work / f"{job.name}.json").read_text())}
-        for job in done
-    ]
+    runs = [json.loads((work / f"{job.name}.json").read_text()) for job in done]
     every = summarise(runs)
     rows = [
         row for row in every if (row["task"], row["training"]) == ("generation", 1.0)
@@ -168,8 +165,7 @@ def take_up(published: Path, scale: Scale, work: Path) -> None:
         print(f"{published.name} was made with other settings: all runs are made anew")
         return
     for entry in report["runs"]:
-        names = [field.name for field in dataclasses.fields(Job)]
-        job = Job(**{name: entry[name] for name in names if name in entry})
+        job = Job(*(entry[field.name] for field in dataclasses.fields(Job)))
         path = work / f"{job.name}.json"
         if not path.exists():
             path.write_text(json.dumps(entry, indent=1))

@@ -35,6 +35,7 @@ AT_A_BUDGET = (
 # At the first budget only: what training costs, when learning ends, and the paper's estimator.
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
+TRAINED_DENSE = ("dense, fine-tuned", "dense" + DISTILLED)
 SETTLED_EARLY = EARLY + DISTILLED
 STEPS_DISTILLED = tuple(
     name for name in ROUTED if name.endswith(DISTILLED) and name != SETTLED_EARLY
@@ -48,12 +49,12 @@ def jobs(scale: Scale) -> list[list[Job]]:
     first, *rest = scale.budgets
     one, few = scale.seeds[0], scale.few
     main = [
-        *with_all_seeds((*DENSE, f"dense{DISTILLED}"), 1.0, scale),
+        *with_all_seeds(("dense", *TRAINED_DENSE), 1.0, scale),
         *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, SETTLED_EARLY, FIFTH), first, scale),
     ]
     lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
     short = [
-        *with_all_seeds((DENSE[1], f"dense{DISTILLED}"), 1.0, scale, SHORT),
+        *with_all_seeds(TRAINED_DENSE, 1.0, scale, SHORT),
         *(
             job
             for budget in scale.budgets[:2]

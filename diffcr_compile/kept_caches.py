@@ -11,12 +11,13 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
@@ -27,29 +28,58 @@ _TOOLS = {"torch", "sympy", "mpmath", "numpy", "onnx", "onnx_ir", "onnxscript", 
 _WIDE = (torch.float64, torch.complex128)
 
 
+class _FunctoolsCaches:
+    """The caches of functools in this process, but for those of `_TOOLS`.
+
+    Only the garbage collector knows them all, and to ask it takes tenths of a second, while an experiment on fake tensors takes
+    hundredths. So it is asked about classes that are new here and after an import.
+    """
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._asked_for: weakref.WeakSet[type] = weakref.WeakSet()
+        self._imported = 0
+
+    def of(self, kinds: set[type], spaces: list[Mapping[str, Any]]) -> list[Any]:
+        """Those that modules of these classes may reach; `spaces` are the names in and beside the classes."""
+        if len(sys.modules) != self._imported or not kinds <= set(self._asked_for):
+            self._imported = len(sys.modules)
+            self._asked_for.update(kinds)
+            self._found.update(_that_are_none_of_a_tool(gc.get_objects()))
+        for space in spaces:  # a function that was defined again, as in a notebook
+            self._found.update(_that_are_none_of_a_tool(space.values()))
+        return list(self._found)
+
+
+_functools_caches = _FunctoolsCaches()
+
+
 @contextlib.contextmanager
-def kept_caches(module: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[None]:
+def kept_caches(module: nn.Module) -> Iterator[None]:
     """Afterwards a module's caches are what they were: its attributes, and tables beside its classes.
 
     Caches of functools may be emptied, which costs their owner a second computation at most.
 
     Args:
         module: that runs on fake tensors or in float64, or is exported.
-        mode: of the fake tensors, where none of them is to outlive the context; None otherwise.
     """
     own = [(held, held.copy()) for held in _containers(module)]
-    beside = [(table, table.copy()) for table in _tables_beside(module)]
-    references = sys.getrefcount(mode)
+    kinds = _classes(module)
+    spaces = _spaces(kinds)
+    beside = [(table, table.copy()) for table in _tables(spaces)]
+    misses = {
+        cache: cache.cache_info().misses for cache in _functools_caches.of(kinds, spaces)
+    }
     try:
         yield
     finally:
         for held, content in own:
             _put_back(held, content)
-        # Each fake tensor refers to its mode; to look for caches takes a tenth of a second.
-        if mode is None or sys.getrefcount(mode) > references:
-            for table, content in beside:
-                _drop_foreign(table, content)
-            _empty_functools_caches()
+        for table, content in beside:
+            _drop_foreign(table, content)
+        for cache in _functools_caches.of(kinds, spaces):
+            if cache.cache_info().misses != misses.get(cache):
+                _empty_if_foreign(cache)
 
 
 def _containers(module: nn.Module) -> list[Any]:
@@ -107,12 +137,13 @@ def _drop_foreign(table: dict[Any, Any], content: dict[Any, Any]) -> None:
             del table[key]
 
 
-def _empty_functools_caches() -> None:
-    for cache in gc.get_objects():
-        if type(cache) is not _LruCache or _is_of_a_tool(cache):
-            continue
-        if cache.cache_info().currsize and any(map(_is_foreign, _cached(cache))):
-            cache.cache_clear()
+def _empty_if_foreign(cache: Any) -> None:
+    if any(map(_is_foreign, _cached(cache))):
+        cache.cache_clear()
+
+
+def _that_are_none_of_a_tool(objects: Iterable[Any]) -> Iterator[Any]:
+    return (held for held in objects if type(held) is _LruCache and not _is_of_a_tool(held))
 
 
 def _is_of_a_tool(cache: Any) -> bool:
@@ -129,13 +160,19 @@ def _cached(cache: Any) -> Iterator[Any]:
             yield held
 
 
-def _tables_beside(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    """Dicts that are attributes of the modules' classes, or global in their files."""
+def _classes(module: nn.Module) -> set[type]:
+    """Of the modules in it, but for torch's own."""
     kinds = {kind for part in module.modules() for kind in type(part).__mro__}
-    kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] != "torch"}
-    files = {kind.__module__ for kind in kinds} - {"builtins"}
-    spaces: list[Mapping[str, Any]] = [vars(kind) for kind in kinds]
-    spaces += [vars(sys.modules[name]) for name in files if name in sys.modules]
+    return {kind for kind in kinds if kind.__module__.partition(".")[0] != "torch"} - {object}
+
+
+def _spaces(kinds: set[type]) -> list[Mapping[str, Any]]:
+    """What has a name in the classes or in their files."""
+    files = {kind.__module__ for kind in kinds} & set(sys.modules)
+    return [*map(vars, kinds), *(vars(sys.modules[name]) for name in files)]
+
+
+def _tables(spaces: list[Mapping[str, Any]]) -> Iterator[dict[Any, Any]]:
     for space in spaces:
         yield from [value for value in space.values() if type(value) is dict]
 

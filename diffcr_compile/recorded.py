@@ -153,7 +153,7 @@ def check_static(module: nn.Module, call: Call) -> None:
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with kept_caches(module, mode):
+        with kept_caches(module):
             _run_fake(module, call, mode)
     except DATA_DEPENDENT as error:
         raise IllegalError(needs_values(error)) from error

@@ -63,7 +63,7 @@ def infer_shapes(
     """
     interpreter = _ShapeRecorder(program.module, {} if known is None else known)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with kept_caches(program.module, mode):
+    with kept_caches(program.module):
         _run(interpreter, program, mode)
     return interpreter.shapes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import diffcr_compile as dcr
+from diffcr_compile.kept_caches import kept_caches
 from tests.conftest import equal
 from tests.model_parts import Block, OwnDiT, inputs_for
 
@@ -111,6 +113,30 @@ def test_a_model_that_was_inspected_computes_on_real_numbers(model: OwnDiT) -> N
     assert plan.note is None
     with torch.no_grad():
         assert type(model(**inputs_for())) is Tensor
+
+
+def test_a_cache_that_is_new_beside_classes_that_were_looked_at_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a cell of a notebook is run again, or a helper makes its cache at its first call."""
+    model = OwnDiT(block=functools.partial(CachingBlock, in_lru_cache), depth=1).eval()
+    dcr.inspect(model, inputs_for())
+    monkeypatch.setattr(sys.modules[__name__], "_limited", functools.lru_cache(make))
+    assert dcr.inspect(model, inputs_for()).error is None
+    assert _limited.cache_info().currsize == 0  # emptied, as there was a fake tensor in it
+    with torch.no_grad():
+        assert type(model(**inputs_for())) is Tensor
+
+
+def test_a_cache_without_foreign_tensors_keeps_what_it_holds() -> None:
+    _limited.cache_clear()
+    model = OwnDiT(block=functools.partial(CachingBlock, in_lru_cache), depth=1).eval()
+    with torch.no_grad():
+        model(**inputs_for())
+        held = _limited.cache_info().currsize
+        with kept_caches(model):
+            model(**inputs_for())
+    assert _limited.cache_info().currsize == held > 0
 
 
 def test_a_frozen_graph_computes_on_real_numbers(model: OwnDiT, tmp_path: Path) -> None:

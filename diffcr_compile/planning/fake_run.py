@@ -89,7 +89,7 @@ class FakeRun:
         """Trace of a block on half of its image tokens, or why it does not run on them."""
         key = (name, axes, num_tokens)
         if key not in self._halves:  # the tried block is compared with many
-            with kept_caches(self.modules[name], self.mode):
+            with kept_caches(self.modules[name]):
                 self._halves[key] = self._trace_half(name, axes, num_tokens)
         return self._halves[key]
 

@@ -30,7 +30,7 @@ from benchmarks.quality.jobs import jobs
 from benchmarks.quality.page import PAGE, page
 from benchmarks.quality.pictures import curve, sheet
 from benchmarks.quality.pool import run_all
-from benchmarks.quality.settings import SHORT, SMOKE, Scale, config
+from benchmarks.quality.settings import BY_DEFAULT, FULL, QUARTER, SMOKE, Scale, config
 from benchmarks.quality.table import (
     BY_ERRORS,
     BY_GRADIENTS,
@@ -88,7 +88,7 @@ def write_report(scale: Scale, work: Path, target: Path, pictures: Path) -> None
     runs = [json.loads((work / f"{job.name}.json").read_text()) for job in done]
     every = summarise(runs)
     rows = [
-        row for row in every if (row["task"], row["training"]) == ("generation", 1.0)
+        row for row in every if (row["task"], row["training"]) == ("generation", FULL)
     ]  # in the pictures: trained in full
     pictures.mkdir(parents=True, exist_ok=True)
     curve(rows, scale.few, pictures / "quality_against_macs.png")
@@ -131,7 +131,7 @@ def against(
 ) -> dict[str, Any]:
     """By training and budget: one way of ours against everything else, with few steps."""
     result: dict[str, Any] = {}
-    for training in (1.0, SHORT):
+    for training in (FULL, QUARTER, BY_DEFAULT):
         for budget in scale.budgets:
             name = standing_for(variants, runs, budget, scale.few, training)
             if name:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
-from benchmarks.quality.settings import DISTILLED, EARLY, ROUTED, SHORT, Scale
+from benchmarks.quality.settings import BY_DEFAULT, DISTILLED, EARLY, QUARTER, ROUTED, Scale
 from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
@@ -53,17 +53,16 @@ def jobs(scale: Scale) -> list[list[Job]]:
         *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, SETTLED_EARLY, FIFTH), first, scale),
     ]
     lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
-    short = [
-        *with_all_seeds(TRAINED_DENSE, 1.0, scale, SHORT),
-        *(
-            job
-            for budget in scale.budgets[:2]
-            for job in with_all_seeds(STEPS_DISTILLED, budget, scale, SHORT)
-        ),
+    shorter = [
+        job
+        for training, budgets in ((BY_DEFAULT, (first,)), (QUARTER, scale.budgets[:2]))
+        for names, shares in ((TRAINED_DENSE, (1.0,)), (STEPS_DISTILLED, budgets))
+        for budget in shares
+        for job in with_all_seeds(names, budget, scale, training)
     ]
     groups = [
         [*main, *lowest],
-        short,
+        shorter,
         [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],

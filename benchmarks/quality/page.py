@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY, SHORT, Scale
+from benchmarks.quality.settings import DISTILLED, EARLY, FULL, Scale
 from benchmarks.quality.table import OUR_VARIANTS, compared
 from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
 Report = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "docs/quality.md"
 WAYS = ("ours_against", "measured_errors_against")  # the columns that compare
-_SHORT = Scale().trained_for(SHORT)
-SHORTLY = f"{_SHORT.calibration_steps} steps of {_SHORT.batch}"
 SMALL = 10  # from here down figures have two digits
 INPAINTING = (
     f"One rectangle of each held-out image is painted anew, {SMALLEST} to {LARGEST} of 32 pixels high and wide, and what is "
@@ -57,8 +55,8 @@ def _head(report: Report) -> Iterator[str]:
         f"Reference DiT (Fashion-MNIST, 256 tokens), {scale['samples']} samples, Euler without guidance. Figures are "
         f"{report['metric']}, lower is better, not comparable with Inception KID or FID; in brackets the smallest and "
         "largest over seeds, a seed being that of the training and of the noise, which all variants share. What is "
-        f"trained is trained for {scale['calibration_steps']} steps of {scale['batch']} samples with the same optimizer, "
-        f"{SHORTLY} where a table says so. "
+        f"trained is trained for {scale['calibration_steps']} steps of {scale['batch']} samples with the same optimizer "
+        "or for as long as a table says. "
         f"Held-out real images score {scale['real_against_real_floor']['kid_x1000']:.2f}. *Steps distilled* "
         f"says that it was trained towards the dense model's own sampling in {scale['substeps']} smaller steps for each "
         f"step (`rollouts.substeps`), {scale['trajectories']:,} images of it from noise, in the place of training images. "
@@ -91,7 +89,7 @@ def _tables(report: Report) -> Iterator[str]:
     for task, budget, steps, training in keys:
         mine = compared(rows, task, budget, steps, training)
         yield ""
-        length = "" if training == 1 else f", trained for {SHORTLY}"
+        length = "" if training == FULL else f", trained for {_length(training)}"
         yield f"## {task.capitalize()}: {budget:.0%} of the MACs, {steps} steps{length}"
         yield ""
         if task == "inpainting":
@@ -102,6 +100,11 @@ def _tables(report: Report) -> Iterator[str]:
         against = [_against(report, way, task, budget, steps, training) for way in WAYS]
         for row in sorted(mine, key=lambda r: (r["budget"] < 1, r["kid_x1000"]["mean"])):
             yield _row(row, [found.get(row["variant"], []) for found in against])
+
+
+def _length(training: float) -> str:
+    scale = Scale().trained_for(training)
+    return f"{scale.calibration_steps} steps of {scale.batch}"
 
 
 def _against(

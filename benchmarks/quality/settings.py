@@ -10,8 +10,9 @@ from diffcr_compile.config import CompileConfig, make_config
 BUDGETS = (0.6, 0.42, 0.8)
 SEEDS = (0, 1, 2)
 SAMPLES = 2000
-# Of the samples of the full training. The package's own calibration is 240 steps of 24 by default, half of that.
-SHORT = 0.25
+# Lengths of training, as shares of the samples of the full one: all of them, a quarter, and as many as the package's
+# own calibration sees by default (240 steps of 24).
+FULL, QUARTER, BY_DEFAULT = 1.0, 1 / 4, 9 / 64
 # Sampling steps of the regimes. Multiples of the number of timestep buckets, so that every bucket holds
 # equally many steps and a schedule costs in the loop what the solver says.
 FEW_STEPS, MANY_STEPS = 8, 20

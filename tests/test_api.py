@@ -20,7 +20,7 @@ import diffcr_compile as dcr
 from diffcr_compile.config import make_config
 from diffcr_compile.errors import BudgetError, UnsupportedModelError, UsageError
 from tests import models
-from tests.conftest import equal
+from tests.conftest import equal, routed_tiny_dit
 
 SETTINGS: dict[str, Any] = {
     "routing": {"buckets": 2, "multiple_of": 8},
@@ -212,9 +212,8 @@ def test_model_without_routable_blocks_says_why_for_each() -> None:
 
 @pytest.mark.parametrize("budget", ["0%", "101%", "lots", 0, -1, 1.5])
 def test_senseless_budgets_are_refused(budget: Any) -> None:
-    model, inputs = models.tiny_dit()
     with pytest.raises(UsageError, match="budget"):
-        dcr.calibrate(dcr.route(model, inputs), budget=budget)
+        dcr.calibrate(routed_tiny_dit(), budget=budget)
 
 
 def test_inspect_changes_nothing_and_says_all() -> None:
@@ -233,7 +232,7 @@ def test_inspect_changes_nothing_and_says_all() -> None:
 
 def test_freeze_takes_one_of_three_and_a_uniform_ratio() -> None:
     model, inputs = models.tiny_dit()
-    routed = dcr.route(model, inputs)
+    routed = routed_tiny_dit()
     with pytest.raises(UsageError, match="exactly one"):
         dcr.freeze(routed)
     with pytest.raises(UsageError, match="keep_ratio must be in"):
@@ -247,8 +246,7 @@ def test_freeze_takes_one_of_three_and_a_uniform_ratio() -> None:
 
 
 def test_buckets_with_equal_schedules_become_one() -> None:
-    model, inputs = models.tiny_dit()
-    routed = dcr.route(model, inputs)
+    routed = routed_tiny_dit()
     blocks = [spec.name for spec in routed.program.blocks]
     schedule = dcr.TokenSchedule(
         dict.fromkeys(blocks, (32, 32, 16, 32)),

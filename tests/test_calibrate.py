@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule, cost_of
 from tests import models
-from tests.conftest import keeping
+from tests.conftest import keeping, routed_tiny_dit
 from tests.model_parts import OwnDiT
 
 BUCKETS = TimestepBuckets.even(2)
@@ -54,15 +55,20 @@ def states(cases) -> TeacherStates:
 
 
 def fresh() -> Program:
-    model, inputs = models.tiny_dit()
-    return dcr.route(model, inputs).program
+    return routed_tiny_dit().program
+
+
+@functools.cache
+def dit_costs(multiple_of: int, min_keep_ratio: float, skip_blocks: bool = False) -> CostTable:
+    """Of the model that is calibrated here."""
+    return measure_costs(fresh(), multiple_of, min_keep_ratio, skip_blocks=skip_blocks)
 
 
 def calibrated(
     program: Program, states: TeacherStates, folder: Path | None = None, **options: object
 ):
     config = CalibrationConfig(**{**FAST, **options})
-    costs = measure_costs(program, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     return run_calibration(
         program, states, config, costs, BUCKETS, 0.6, folder=folder, key="k"
     )
@@ -291,7 +297,7 @@ def test_the_budget_is_met_over_the_steps_of_the_sampler(cases) -> None:
 @given(st.integers(0, 2**16), st.floats(0.35, 1.0))
 def test_projection_meets_the_budget_within_the_range(cases, seed: int, budget: float) -> None:
     case = cases("dit")
-    costs = measure_costs(case.routed, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     learner = RatioLearner(case.routed, costs, BUCKETS, two_bin=False)
     values = np.random.default_rng(seed).uniform(0.25, 1.0, learner.values.shape)
     learner.values = values
@@ -343,7 +349,7 @@ def test_blocks_that_share_a_ratio_are_shifted_alike_whatever_they_cost(
     cases, per: str
 ) -> None:
     case = cases("dit")
-    costs = measure_costs(case.routed, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     first = case.routed.blocks[0].name
     dear = {**costs.per_level, first: tuple(5 * c for c in costs.per_level[first])}
     costs = dataclasses.replace(costs, per_level=dear)
@@ -359,7 +365,7 @@ def test_every_ratio_can_move_in_both_directions(
 ) -> None:
     """At the walls and at bin values too, the gradient of each ratio is alive."""
     program = fresh()
-    learner = RatioLearner(program, measure_costs(program, 8, 0.25), BUCKETS, two_bin=False)
+    learner = RatioLearner(program, dit_costs(8, 0.25), BUCKETS, two_bin=False)
     learner.values[:] = value
     learner.attach(0)
     inputs, _ = states.take(torch.arange(4), frozenset(states.inputs))
@@ -388,7 +394,7 @@ def test_no_step_leaves_the_range_and_every_ratio_can_come_back(
 ) -> None:
     """Any gradients, any rate, walls included: in range after the step, and free to move afterwards."""
     case = cases("dit")
-    costs = measure_costs(case.routed, 8, 0.25, skip_blocks=skip)
+    costs = dit_costs(8, 0.25, skip_blocks=skip)
     learner = RatioLearner(case.routed, costs, BUCKETS, two_bin=False, per=per)
     lowest = learner.lowest[:, None]
     random = np.random.default_rng(seed)
@@ -479,7 +485,7 @@ def test_a_seed_that_no_generator_takes_is_refused() -> None:
 def test_gradient_of_a_ratio_is_the_slope_of_the_loss(states: TeacherStates) -> None:
     """Linear in the boundary weight, so a finite difference within a bin is exact."""
     program = fresh()
-    costs = measure_costs(program, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     learner = RatioLearner(program, costs, BUCKETS, two_bin=False)
     inputs, target = states.take(torch.arange(4), frozenset(states.inputs))
     program.module.eval()
@@ -610,7 +616,7 @@ def test_paper_gate_trains() -> None:
     model, inputs = models.tiny_dit()
     routed = dcr.route(model, inputs, make_config({"routing": {"gate": "paper"}}).routing)
     config = RolloutConfig(trajectories=4, steps=4, batch=4)
-    found = roll_out(dcr.route(model, inputs).program, FlowEuler(4), config, labels, 0)
+    found = roll_out(fresh(), FlowEuler(4), config, labels, 0)
     result = calibrated(routed.program, found)
     assert result.schedule.reached <= 0.6
 
@@ -628,7 +634,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
         if record["step"] == 5:
             raise StopError
 
-    costs = measure_costs(whole, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     config = CalibrationConfig(**FAST)
     with pytest.raises(StopError):
         run_calibration(
@@ -650,7 +656,7 @@ def test_state_of_other_settings_is_not_taken_up(
     states: TeacherStates, tmp_path: Path
 ) -> None:
     first = calibrated(fresh(), states, tmp_path)
-    costs = measure_costs(fresh(), 8, 0.25)
+    costs = dit_costs(8, 0.25)
     config = CalibrationConfig(**{**FAST, "seed": 1})
     other = run_calibration(
         fresh(), states, config, costs, BUCKETS, 0.6, folder=tmp_path, key="other"
@@ -668,7 +674,7 @@ def test_damaged_state_is_refused(states: TeacherStates, tmp_path: Path) -> None
 
 def test_impossible_budget_names_the_smallest(states: TeacherStates) -> None:
     program = fresh()
-    costs = measure_costs(program, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     with pytest.raises(BudgetError, match="smallest reachable budget is") as caught:
         run_calibration(program, states, CalibrationConfig(**FAST), costs, BUCKETS, 0.05)
     assert caught.value.smallest == pytest.approx(costs.smallest_budget())
@@ -688,8 +694,8 @@ def test_a_budget_below_every_keep_ratio_skips_blocks(
     states: TeacherStates, estimator: str
 ) -> None:
     program = fresh()
-    costs = measure_costs(program, 8, 0.25, skip_blocks=True)
-    floor = measure_costs(program, 8, 0.25).smallest_budget()
+    costs = dit_costs(8, 0.25, skip_blocks=True)
+    floor = dit_costs(8, 0.25).smallest_budget()
     config = CalibrationConfig(**{**FAST, "estimator": estimator})
     result = run_calibration(program, states, config, costs, BUCKETS, 0.5 * floor)
     kept = [k for column in result.schedule.kept_tokens.values() for k in column]
@@ -714,7 +720,7 @@ def test_a_selector_that_keeps_nothing_leaves_the_block_out(cases) -> None:
 def test_errors_are_what_a_model_with_fewer_tokens_makes(cases, states: TeacherStates) -> None:
     """Against frozen graphs of one routed block each."""
     case = cases("dit")
-    costs = measure_costs(case.routed, 16, 0.25, skip_blocks=True)  # levels 0, 16, 32, 48, 64
+    costs = dit_costs(16, 0.25, skip_blocks=True)  # levels 0, 16, 32, 48, 64
     rows = [torch.arange(3), torch.arange(4, 8)]
     with keeping(case, {}):
         errors = measure_errors(case.routed, states, rows, costs)
@@ -776,7 +782,7 @@ def test_errors_around_a_schedule_leave_the_other_blocks_at_it(
 ) -> None:
     """Against frozen graphs that keep what the schedule says but for one block."""
     case = cases("dit")
-    costs = measure_costs(case.routed, 16, 0.25)  # levels 16, 32, 48, 64
+    costs = dit_costs(16, 0.25)  # levels 16, 32, 48, 64
     around = TokenSchedule(
         dict.fromkeys(case.names, (48, 16)), dict.fromkeys(case.names, 64), BUCKETS
     )
@@ -814,7 +820,7 @@ def test_the_schedule_is_solved_again_over_the_errors_of_the_trained_model(
         program,
         states,
         config,
-        measure_costs(program, 8, 0.25),
+        dit_costs(8, 0.25),
         BUCKETS,
         0.6,
         report=lambda record, _: run.append(int(record["step"])),
@@ -839,7 +845,7 @@ def test_the_schedule_over_errors_is_the_best_of_all(states: TeacherStates) -> N
     """Against trying every schedule of one bucket."""
     program = fresh()
     buckets = TimestepBuckets.even(1)
-    costs = measure_costs(program, 32, 0.25, skip_blocks=True)  # 3 blocks, 3 levels
+    costs = dit_costs(32, 0.25, skip_blocks=True)  # 3 blocks, 3 levels
     config = CalibrationConfig(**{**FAST, "ratios": "errors", "steps": 0})
     result = run_calibration(program, states, config, costs, buckets, 0.6)
     generator = torch.Generator().manual_seed(0)
@@ -886,7 +892,7 @@ def test_an_interrupted_run_over_errors_ends_like_an_uninterrupted_one(
             raise StopError
 
     config = CalibrationConfig(**{**FAST, **options})
-    costs = measure_costs(parts, 8, 0.25)
+    costs = dit_costs(8, 0.25)
     folder = tmp_path / "parts"
     with pytest.raises(StopError):
         run_calibration(
@@ -901,7 +907,7 @@ def test_an_interrupted_run_over_errors_ends_like_an_uninterrupted_one(
 
 def test_the_way_to_a_schedule_costs_what_was_asked(states: TeacherStates) -> None:
     program = fresh()
-    costs = measure_costs(program, 8, 0.25, skip_blocks=True)
+    costs = dit_costs(8, 0.25, skip_blocks=True)
     learner = RatioLearner(program, costs, BUCKETS, two_bin=False)
     target = np.array([[1.0, 1.0], [0.0, 0.5], [0.25, 1.0]])
     end = learner.cost(target)

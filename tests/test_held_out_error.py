@@ -27,11 +27,12 @@ from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from tests import models
+from tests.conftest import routed_tiny_dit
 
 
 def test_the_error_is_summed_over_the_graph_of_each_states_bucket() -> None:
-    model, inputs = models.tiny_dit()
-    routed = dcr.route(model, inputs)
+    _, inputs = models.tiny_dit()
+    routed = routed_tiny_dit()
     names = [spec.name for spec in routed.program.blocks]
     every = {spec.name: spec.num_tokens for spec in routed.program.blocks}
     kept = {

@@ -20,7 +20,7 @@ from diffcr_compile.calibrate.latents import LatentStates, _towards
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets
-from tests import models
+from tests.conftest import routed_tiny_dit
 
 BUCKETS = TimestepBuckets.even(4)
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
@@ -242,7 +242,7 @@ def test_a_calibration_runs_on_latents(tmp_path: Any) -> None:
         "routing": {"buckets": 2, "multiple_of": 16},
         "calibration": {"steps": 2, "batch": 2, "train": "router"},
     }
-    routed = dcr.route(*models.tiny_dit())
+    routed = routed_tiny_dit()
     data = dcr.LatentStates(samples(2), scheduler("flow"), "flow")
     config = dcr.CompileConfig.model_validate(settings)
     result = dcr.calibrate(routed, data, budget="70%", config=config)

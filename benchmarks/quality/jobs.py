@@ -14,31 +14,44 @@ from safetensors.torch import load_file, save_file
 from benchmarks.quality.case import Case
 from benchmarks.quality.job import Job
 from benchmarks.quality.sampling import measured
-from benchmarks.quality.settings import BY_DEFAULT, DISTILLED, EARLY, QUARTER, ROUTED, Scale
+from benchmarks.quality.settings import (
+    BY_DEFAULT,
+    DISTILLED,
+    EARLY,
+    FLOOR,
+    FULL,
+    QUARTER,
+    ROUTED,
+    Scale,
+)
 from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 SHEET = 40  # images that are kept for the sample sheets
-# At every budget, in the order of the table.
-AT_A_BUDGET = (
-    "ours",
-    "uniform (Mixture-of-Depths)",
-    "blocks dropped",
+# What others do, and what is done without training: at every budget.
+OTHERS = (
     "paper's recipe",
-    "random router",
-    "ratios from measured errors",
     "tokens merged (2-D ToMe)",
     "steps reuse blocks",
     "dense, fewer steps",
     "training-free",
 )
-# At the first budget only: what training costs, when learning ends, and the paper's estimator.
+# Calibrated on images: at the first budget only, as they turn out alike there.
+ON_IMAGES = (
+    "ours",
+    "uniform (Mixture-of-Depths)",
+    "blocks dropped",
+    "random router",
+    "ratios from measured errors",
+)
+# At the first budget only: what training costs, and the paper's estimator.
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
 TRAINED_DENSE = ("dense, fine-tuned", "dense" + DISTILLED)
-SETTLED_EARLY = EARLY + DISTILLED
+# At the first budget only: other settings of ours.
+SETTLED_EARLY = (EARLY + DISTILLED, FLOOR + DISTILLED)
 STEPS_DISTILLED = tuple(
-    name for name in ROUTED if name.endswith(DISTILLED) and name != SETTLED_EARLY
+    name for name in ROUTED if name.endswith(DISTILLED) and name not in SETTLED_EARLY
 )
 # With many steps, where leaving steps out is cheap.
 MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
@@ -48,32 +61,38 @@ def jobs(scale: Scale) -> list[list[Job]]:
     """All of them in groups, the most telling first: an interrupted comparison then has a table worth reading."""
     first, *rest = scale.budgets
     one, few = scale.seeds[0], scale.few
-    main = [
-        *with_all_seeds(("dense", *TRAINED_DENSE), 1.0, scale),
-        *with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED, SETTLED_EARLY, FIFTH), first, scale),
-    ]
-    lowest = with_all_seeds((*AT_A_BUDGET, *STEPS_DISTILLED), rest[0], scale) if rest else []
-    shorter = [
-        job
-        for training, budgets in ((BY_DEFAULT, (first,)), (QUARTER, scale.budgets[:2]))
-        for names, shares in ((TRAINED_DENSE, (1.0,)), (STEPS_DISTILLED, budgets))
-        for budget in shares
-        for job in with_all_seeds(names, budget, scale, training)
-    ]
     groups = [
-        [*main, *lowest],
-        shorter,
+        [
+            *with_all_seeds(("dense", *TRAINED_DENSE), 1.0, scale),
+            *with_all_seeds((*ON_IMAGES, *OTHERS), first, scale),
+            *with_all_seeds((*STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), first, scale),
+            *at((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
+        ],
+        [
+            *with_all_seeds(TRAINED_DENSE, 1.0, scale, QUARTER),
+            *at(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
+        ],
+        [
+            *with_all_seeds(TRAINED_DENSE, 1.0, scale, BY_DEFAULT),
+            *with_all_seeds(STEPS_DISTILLED, first, scale, BY_DEFAULT),
+        ],
         [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
-        [job for budget in rest[1:] for job in with_all_seeds(AT_A_BUDGET, budget, scale)],
+        at(OTHERS, rest[1:], scale),
     ]
     seen: set[Job] = set()
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
 
 
+def at(
+    variants: Sequence[str], budgets: Sequence[float], scale: Scale, training: float = FULL
+) -> list[Job]:
+    return [j for budget in budgets for j in with_all_seeds(variants, budget, scale, training)]
+
+
 def with_all_seeds(
-    variants: Sequence[str], budget: float, scale: Scale, training: float = 1.0
+    variants: Sequence[str], budget: float, scale: Scale, training: float = FULL
 ) -> list[Job]:
     return [
         Job(name, budget, seed, scale.few, training=training)
@@ -84,8 +103,9 @@ def with_all_seeds(
 
 def inpainting(scale: Scale) -> list[Job]:
     """The second task: the first budget, one seed."""
-    at = [(name, 1.0) for name in DENSE] + [(name, scale.budgets[0]) for name in AT_A_BUDGET]
-    return [Job(name, budget, scale.seeds[0], scale.few, "inpainting") for name, budget in at]
+    shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), scale.budgets[0])
+    one = scale.seeds[0]
+    return [Job(name, share, one, scale.few, "inpainting") for name, share in shares.items()]
 
 
 def run(case: Case) -> dict[str, Any]:

@@ -50,6 +50,9 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
 EARLY = "ours, settled early"
 ROUTED[EARLY] = {"calibration": {"settle": 0.7}}
+# And no block keeps less in any bucket, as early gradients ask for more uneven ratios than a long training wants.
+FLOOR = "ours, settled early, keep ratios from 0.45"
+ROUTED[FLOOR] = {"routing": {"min_keep_ratio": 0.45, "skip_blocks": False}, **ROUTED[EARLY]}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -61,6 +64,7 @@ ROUTED |= {
         "random router",
         "ratios from measured errors",
         EARLY,
+        FLOOR,
     )
 }
 # Share of the training steps that all others have.

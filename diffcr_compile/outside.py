@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
-from diffcr_compile.recorded import Call, IllegalError, output_tensors, run_recorded
+from diffcr_compile.recorded import Call, IllegalError, output_tensors, run_edited, run_recorded
 from diffcr_compile.residual import Pairs, first_come, identity_output, is_float
 
 
@@ -54,6 +55,12 @@ def _perturbed(leaf: Tensor, samples: slice) -> Tensor:
     mixed = leaf.clone()
     mixed[samples] = changed[samples]
     return mixed
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Tells values apart in 32 bytes: the streams of all blocks of a large model are a gigabyte."""
+    values = (tensor + 0).cpu().reshape(-1)  # -0.0 is 0.0
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
 
 
 class Outside:
@@ -101,35 +108,30 @@ class Outside:
         All blocks return zeros. If the image still reaches the stream of the next one, or the model's
         output behind the last, the model adds the block's output to something itself.
         """
-
-        def zeros(name: str, tree: Any, output: Any) -> Any:
-            pairs = self.pairs.get(name) or first_come(tree, output)
-            return map_leaves(
-                output, lambda path, leaf: torch.zeros_like(leaf) if path in pairs else leaf
-            )
-
         try:
             with torch.no_grad():
-                one, two = (
-                    run_recorded(self.model, args, kwargs, self.candidates, zeros)
-                    for args, kwargs in (self.tree, self.changed(slice(None)))
-                )
+                one, image = self._with_zeros(self.tree)
+                two, other = self._with_zeros(self.changed(slice(None)))
         except Exception:  # noqa: BLE001 - the user's model may raise anything
             return frozenset()
-        names = list(one[0])
-        reached = []
-        for name in names:
-            call, other = one[0][name][0], two[0][name][0]
+        reached = [*(one[name] != two[name] for name in one), image != other]
+        return frozenset(name for name, past in zip(one, reached[1:], strict=True) if past)
+
+    def _with_zeros(self, tree: Any) -> tuple[dict[str, list[bytes]], list[bytes]]:
+        """All blocks return zeros: the streams that reach each of them in running order, and the model's output."""
+        streams: dict[str, list[bytes]] = {}
+
+        def zeros(name: str, call: Call) -> Any:
             pairs = self.pairs.get(name) or first_come(call.tree, call.output)
-            reached.append(
-                any(
-                    not torch.equal(get_leaf(call.tree, path), get_leaf(other.tree, path))
-                    for path in pairs.values()
-                )
+            found = [_digest(get_leaf(call.tree, path)) for path in pairs.values()]
+            streams.setdefault(name, found)
+            return map_leaves(
+                call.output, lambda path, leaf: torch.zeros_like(leaf) if path in pairs else leaf
             )
-        outputs = zip(output_tensors(one[1]), output_tensors(two[1]), strict=True)
-        reached.append(any(not torch.equal(a, b) for a, b in outputs))
-        return frozenset(name for name, past in zip(names, reached[1:], strict=True) if past)
+
+        args, kwargs = tree
+        output = run_edited(self.model, args, kwargs, self.candidates, zeros)
+        return streams, [_digest(tensor) for tensor in output_tensors(output)]
 
     def adds(self, name: str, output: Path) -> bool:
         """Whether the model adds a block's output to the stream that goes past it, and nothing else.

@@ -87,6 +87,23 @@ def run_recorded(
 ) -> tuple[dict[str, list[Call]], Any]:
     """(calls of the candidates in running order, output of the model), with their outputs edited."""
     calls: dict[str, list[Call]] = {}
+
+    def recorded(name: str, call: Call) -> Any:
+        calls.setdefault(name, []).append(call)
+        return edit(name, call.tree, call.output) if edit else None
+
+    output = run_edited(model, args, kwargs, candidates, recorded)
+    return calls, output
+
+
+def run_edited(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    candidates: Mapping[str, nn.Module],
+    edit: Callable[[str, Call], Any],
+) -> Any:
+    """Output of the model, with the outputs of the candidates edited. Of their calls nothing is kept."""
     handles = []
     running: list[tuple[Given, Any]] = []
 
@@ -99,19 +116,16 @@ def run_recorded(
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
             given, copies = running.pop()
             fault = given.fault(args, kwargs)
-            tree = copies if fault else given.tree
-            calls.setdefault(name, []).append(Call(tree, output, fault))
-            return edit(name, tree, output) if edit else None
+            return edit(name, Call(copies if fault else given.tree, output, fault))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         args, kwargs = fresh((tuple(args), dict(kwargs)))
-        output = model(*args, **kwargs)
+        return model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, output
 
 
 def two_samples(

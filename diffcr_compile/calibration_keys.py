@@ -14,8 +14,9 @@ from diffcr_compile.calibrate.data import Conditions, TeacherStates, example_con
 from diffcr_compile.calibrate.pipelines import PipelineRuns
 from diffcr_compile.calibrate.samplers import Sampler, sampler_identity
 from diffcr_compile.config import CompileConfig
-from diffcr_compile.opened import shapes, tensor_bytes, weights_hash
+from diffcr_compile.opened import shapes, weights_hash
 from diffcr_compile.program import Program
+from diffcr_compile.tensor_bytes import tensor_bytes
 from diffcr_compile.workspace import fingerprint
 
 # settings that change no result

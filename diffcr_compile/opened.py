@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,6 +17,7 @@ from diffcr_compile.calibrate.pipelines import (
     open_pipeline,
 )
 from diffcr_compile.errors import UsageError
+from diffcr_compile.tensor_bytes import tensor_bytes
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 PipelineInputs = Inputs | Sequence[Inputs] | None
@@ -98,9 +98,3 @@ def weights_hash(model: nn.Module, counts: Callable[[str], bool] = lambda _: Tru
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The elements of a tensor of any type, in order."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.blocks import Path, get_leaf, leaves, map_leaves
+from diffcr_compile.tensor_bytes import tensor_bytes
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, run_edited, run_recorded
 from diffcr_compile.residual import Pairs, first_come, identity_output, is_float
 
@@ -59,8 +60,7 @@ def _perturbed(leaf: Tensor, samples: slice) -> Tensor:
 
 def _digest(tensor: Tensor) -> bytes:
     """Tells values apart in 32 bytes: the streams of all blocks of a large model are a gigabyte."""
-    values = (tensor + 0).cpu().reshape(-1)  # -0.0 is 0.0
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
+    return hashlib.sha256(tensor_bytes(tensor + 0)).digest()  # -0.0 is 0.0
 
 
 class Outside:

@@ -63,39 +63,34 @@ def jobs(scale: Scale) -> list[list[Job]]:
     one, few = scale.seeds[0], scale.few
     groups = [
         [
-            *with_all_seeds(("dense", *TRAINED_DENSE), 1.0, scale),
-            *with_all_seeds((*ON_IMAGES, *OTHERS), first, scale),
-            *with_all_seeds((*STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), first, scale),
-            *at((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
+            *with_all_seeds(("dense", *TRAINED_DENSE), (1.0,), scale),
+            *with_all_seeds((*ON_IMAGES, *OTHERS), (first,), scale),
+            *with_all_seeds((*STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), (first,), scale),
+            *with_all_seeds((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
         ],
         [
-            *with_all_seeds(TRAINED_DENSE, 1.0, scale, QUARTER),
-            *at(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
+            *with_all_seeds(TRAINED_DENSE, (1.0,), scale, QUARTER),
+            *with_all_seeds(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
         ],
         [
-            *with_all_seeds(TRAINED_DENSE, 1.0, scale, BY_DEFAULT),
-            *with_all_seeds(STEPS_DISTILLED, first, scale, BY_DEFAULT),
+            *with_all_seeds(TRAINED_DENSE, (1.0,), scale, BY_DEFAULT),
+            *with_all_seeds(STEPS_DISTILLED, (first,), scale, BY_DEFAULT),
         ],
-        [*with_all_seeds((TWO_BINS,), first, scale), *inpainting(scale)],
+        [*with_all_seeds((TWO_BINS,), (first,), scale), *inpainting(scale)],
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
-        at(OTHERS, rest[1:], scale),
+        with_all_seeds(OTHERS, rest[1:], scale),
     ]
     seen: set[Job] = set()
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
 
 
-def at(
-    variants: Sequence[str], budgets: Sequence[float], scale: Scale, training: float = FULL
-) -> list[Job]:
-    return [j for budget in budgets for j in with_all_seeds(variants, budget, scale, training)]
-
-
 def with_all_seeds(
-    variants: Sequence[str], budget: float, scale: Scale, training: float = FULL
+    variants: Sequence[str], budgets: Sequence[float], scale: Scale, training: float = FULL
 ) -> list[Job]:
     return [
         Job(name, budget, seed, scale.few, training=training)
+        for budget in budgets
         for seed in scale.seeds
         for name in variants
     ]

@@ -32,7 +32,7 @@ NOTES = {
     "dense, fine-tuned": "trained on for as many steps, flow matching on images",
     "ours, a fifth of the steps": "of training",
     EARLY: "ours with `calibration.settle` 0.7 in the place of 0.4",
-    FLOOR: "the same with `routing.min_keep_ratio` 0.45, and no block skipped",
+    FLOOR: "ours with `calibration.settle` 0.7, `routing.min_keep_ratio` 0.45 and no block skipped",
     "ours, two bins": "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
 }

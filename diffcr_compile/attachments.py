@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -40,6 +41,8 @@ def prepared(model: nn.Module, fuse_adapters: bool = False) -> nn.Module:
         _check_parallel,
         _check_offload,
         _check_libraries,
+        _check_scripted,
+        _check_weight_norm,
         _check_hooks,
         _check_compiled,
         _check_forward,
@@ -136,6 +139,40 @@ def _check_libraries(model: nn.Module) -> None:
         f"{_some([name for name, _ in found])}. A graph would lose what they do. Take them off: {fix}.",
         code="DCR-M002",
     )
+
+
+def _check_scripted(model: nn.Module) -> None:
+    """Modules that torch.jit made: their code is TorchScript's, which torch.export does not read."""
+    found = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
+    if found:
+        raise UnsupportedModelError(
+            f"torch.jit.script or torch.jit.trace was called on {_some(found)}, and TorchScript cannot be captured. "
+            "Build the model of its Python classes and load the same state_dict() into it. Functions that are "
+            "scripted may stay.",
+            code="DCR-M002",
+        )
+
+
+def _check_weight_norm(model: nn.Module) -> None:
+    """The older weight_norm and spectral_norm, which compute a weight in a hook."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            kind = type(hook).__module__.removeprefix("torch.nn.utils.")
+            if kind in ("weight_norm", "spectral_norm"):
+                found.setdefault(kind, []).append(name)
+    if found:
+        kind, names = next(iter(found.items()))
+        raise UnsupportedModelError(
+            f"torch.nn.utils.{kind} computes the weights of {_some(names)} in a hook, which a graph loses. Either make "
+            f"them plain weights, with torch.nn.utils.remove_{kind}(module) for each, or use "
+            f"torch.nn.utils.parametrizations.{kind}, which is captured.",
+            code="DCR-M002",
+        )
 
 
 def _check_hooks(model: nn.Module) -> None:

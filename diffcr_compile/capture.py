@@ -71,6 +71,15 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
+_CURE = (
+    "Typical causes are branches on tensor values and numbers read from tensors with .item() or "
+    ".numpy() in forward; move them out of forward or make them depend on shapes only."
+)
+_FLEX_CURE = (
+    "The model calls flex_attention, which compiles itself for the tokens it is first given, so no graph for other "
+    "engines can hold it. Let it call torch.nn.functional.scaled_dot_product_attention, with what score_mod and "
+    "block_mask do as attn_mask; in models of diffusers: model.set_attention_backend('native')."
+)
 # What models call the input that says how noisy the sample is.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
@@ -118,11 +127,9 @@ def capture(
             failures.append(f"{what}: {one_line(error)}")
             continue
         return program
-    raise CaptureError(
-        f"{type(model).__name__} cannot be captured.\n" + "\n".join(failures) + "\n"
-        "Typical causes are branches on tensor values and numbers read from tensors with .item() or "
-        ".numpy() in forward; move them out of forward or make them depend on shapes only."
-    )
+    said = "\n".join(failures)
+    cure = _FLEX_CURE if "flex_attention" in said else _CURE
+    raise CaptureError(f"{type(model).__name__} cannot be captured.\n{said}\n{cure}")
 
 
 def _refuse_names(model: nn.Module) -> None:

@@ -284,6 +284,51 @@ def test_gradient_checkpointing_is_off_for_the_capture_and_on_again(model: Any) 
     assert model.proj_out.weight.grad is not None
 
 
+def test_a_scripted_module_is_refused_and_a_scripted_function_is_not() -> None:
+    model, inputs = models.plain()
+    model.blocks[1].mlp = torch.jit.script(model.blocks[1].mlp)
+    with pytest.raises(
+        UnsupportedModelError, match=r"torch\.jit\.script.*blocks\.1\.mlp,.*state_dict"
+    ):
+        prepared(model)
+
+    @torch.jit.script
+    def shifted(x: Tensor, by: Tensor) -> Tensor:
+        return x + by.unsqueeze(1)
+
+    class Shifted(models.OwnDiT):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(shifted(x.flatten(2), 0 * t[:, None]).view_as(x), t)
+
+    model = Shifted().eval()
+    with torch.no_grad():
+        assert torch.equal(dcr.route(model, inputs)(**inputs), model(**inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_weights_that_a_hook_computes_are_refused_and_the_cures_work(kind: str) -> None:
+    def made() -> tuple[Any, dict[str, Any], nn.Linear]:
+        torch.manual_seed(0)
+        model, inputs = models.plain()
+        return model, inputs, model.blocks[0].mlp[0]
+
+    model, inputs, layer = made()
+    getattr(nn.utils, kind)(layer)
+    model.eval()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"nn\.utils\.{kind} .*blocks\.0\.mlp\.0 .*remove_{kind}.*parametrizations\.{kind}",
+    ):
+        dcr.route(model, inputs)
+    getattr(nn.utils, f"remove_{kind}")(layer)
+    same_by_parametrization, _, layer = made()
+    getattr(nn.utils.parametrizations, kind)(layer)
+    for cured in (model, same_by_parametrization.eval()):
+        with torch.no_grad():
+            assert torch.equal(dcr.route(cured, inputs)(**inputs), cured(**inputs))
+
+
 # --------------------------------------------------------------------------- several processes
 
 

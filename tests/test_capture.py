@@ -407,27 +407,39 @@ def test_autocast_inside_the_model_is_refused() -> None:
 
 
 class Flexible(nn.Module):
-    """Attention that compiles itself."""
+    """Attention that compiles itself, in two blocks."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            q, k, v = self.qkv(x + t[:, None, None]).chunk(3, dim=-1)
+            mixed = flex_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+            return x + self.out(mixed)
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList([self.Block() for _ in range(2)])
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x + t[:, None, None]).chunk(3, dim=-1)
-        mixed = flex_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.out(mixed)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, t)
+        return x
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_fails_under_our_modes_does_not_fail_ever_after() -> None:
-    """Dynamo remembers what it could not trace, for the whole process."""
+    """Dynamo remembers what it could not trace, for the whole process. And the refusal says what to call instead."""
     model = Flexible().eval()
     inputs = {"x": torch.randn(2, 8, 16), "t": torch.rand(2)}
     with torch.no_grad():
         expected = model(**inputs)
         dcr.inspect(model, inputs)
-        with pytest.raises(UnsupportedModelError):
+        with pytest.raises(
+            UnsupportedModelError, match=r"calls flex_attention.*scaled_dot_product"
+        ):
             dcr.route(model, inputs)
         assert torch.equal(model(**inputs), expected)
 

@@ -75,7 +75,9 @@ def jobs(scale: Scale) -> list[list[Job]]:
         ],
         [
             *with_all_seeds(TRAINED_DENSE, (1.0,), scale, BY_DEFAULT),
-            *with_all_seeds((*STEPS_DISTILLED, FLOOR + DISTILLED), (first,), scale, BY_DEFAULT),
+            *with_all_seeds(
+                (*STEPS_DISTILLED, FLOOR + DISTILLED), (first,), scale, BY_DEFAULT
+            ),
         ],
         [*with_all_seeds((TWO_BINS,), (first,), scale), *inpainting(scale)],
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],

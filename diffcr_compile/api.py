@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from diffcr_compile import bench
+from diffcr_compile.arguments import check_choice, check_sampling, settings_from
 from diffcr_compile.asked import Until, asked_for
 from diffcr_compile.attachments import checkpointing_off, prepared
 from diffcr_compile.budgets import budget_costs, cost_table
@@ -24,7 +25,7 @@ from diffcr_compile.calibration_keys import (
 from diffcr_compile.carry_over import carry_over
 from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
 from diffcr_compile.config_text import effective_yaml
-from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.guidance import graph_batch, guidance_of
@@ -66,18 +67,21 @@ from diffcr_compile.stages import (
     captured,
     export_programs,
     frozen_parity,
+    frozen_programs,
     half_settings,
     learn,
     program_of,
     routed_program,
     sampler_for,
+    schedule_of,
     teacher_states,
-    uniform_schedule,
 )
 from diffcr_compile.vector_math import settle_vector_math
 from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
 
 settle_vector_math()  # at import, because the user's model is often built after it
+
+ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 __all__ = [
     "Artifact",
@@ -95,7 +99,7 @@ __all__ = [
 def inspect(
     model: nn.Module | Any,
     example_inputs: ExampleInputs | None = None,
-    config: RoutingConfig | None = None,
+    config: RoutingConfig | Mapping[str, Any] | None = None,
     *,
     target: str = "onnxruntime-cpu",
     macs_per_byte: float | None = None,
@@ -110,7 +114,7 @@ def inspect(
     Args:
         model: any DiT, or a pipeline of diffusers, which is run for a few steps.
         example_inputs: keyword inputs as a dict, or positional ones as a tuple; of a pipeline none.
-        config: settings of the routing.
+        config: settings of the routing, as an object or a dict.
         target: name of the device whose limits count, see ``docs/targets.md``.
         macs_per_byte: MACs that the device does in the time in which it moves a byte, if known.
         pipeline_inputs: of a pipeline: the keyword arguments of its call.
@@ -119,7 +123,8 @@ def inspect(
     Raises:
         UsageError: there is no such target, or the pipeline does not run.
     """
-    settings, device = CompileConfig(routing=config or RoutingConfig()), find_target(target)
+    settings = CompileConfig(routing=settings_from(config, RoutingConfig))
+    device = find_target(target)
     model, example_inputs, _ = open_model(model, example_inputs, pipeline_inputs, component)
     args, kwargs = call_of(example_inputs)
     problem = None
@@ -134,7 +139,7 @@ def inspect(
 def route(
     model: nn.Module | Any,
     example_inputs: ExampleInputs | None = None,
-    config: RoutingConfig | None = None,
+    config: RoutingConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
     *,
     pipeline_inputs: PipelineInputs = None,
@@ -149,7 +154,7 @@ def route(
         model: any DiT, or a pipeline of diffusers, which is run for a few steps. The model is put
             into evaluation mode for the capture and left as it was.
         example_inputs: keyword inputs as a dict, or positional ones as a tuple; of a pipeline none.
-        config: gate, kind of router and so on.
+        config: gate, kind of router and so on, as an object or a dict.
         seed: of the routers' initial weights.
         pipeline_inputs: of a pipeline: the keyword arguments of its call.
         component: of a pipeline: the name of the denoiser, where there are several.
@@ -159,7 +164,7 @@ def route(
             adapters or offloading are attached to the model.
         CaptureError: torch.export cannot trace the model.
     """
-    config = config or RoutingConfig()
+    config = settings_from(config, RoutingConfig)
     model, example_inputs, _ = open_model(model, example_inputs, pipeline_inputs, component)
     ready = prepared(model, config.fuse_adapters)
     return routed_program(captured(ready, example_inputs, config, model), config, seed).module
@@ -170,7 +175,7 @@ def calibrate(
     data: Data = None,
     *,
     budget: float | str,
-    config: CompileConfig | None = None,
+    config: CompileConfig | Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     conditions: Conditions | None = None,
     folder: Path | None = None,
@@ -184,7 +189,7 @@ def calibrate(
         data: inputs by name in batches (the dense model answers them), ready teacher states, clean
             latents (:class:`LatentStates`), an opened pipeline to run, or None for teacher rollouts.
         budget: share of the dense model's cost, ``"60%"`` or 0.6; ``config.budget`` says which cost.
-        config: settings; defaults are in ``config.py``.
+        config: settings, as an object or nested dicts; defaults are in ``config.py``.
         sampler: for rollouts; flow-matching Euler steps by default.
         conditions: for rollouts: ``conditions(generator, count)`` draws every input but sample and
             timestep; by default those of the example.
@@ -197,7 +202,8 @@ def calibrate(
     Raises:
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
-    config = config or CompileConfig()
+    config = settings_from(config, CompileConfig)
+    check_sampling(sampler, conditions)
     program = program_of(routed, Stage.ROUTED)
     share = parse_budget(budget)
     check_budget(budget_costs(program, config), share)
@@ -229,20 +235,13 @@ def freeze(
         keep_ratio: the same keep ratio in [0, 1] for every block.
         schedule: kept tokens per block and bucket.
         target: where the graphs will run; a K beyond the TopK of one of them is said in pieces.
+
+    Raises:
+        UsageError: none or several of result, keep_ratio and schedule were given, or one of another type.
     """
     limit = largest_topk(find_targets(target))
     program = program_of(routed, Stage.ROUTED)
-    given = [value for value in (result, keep_ratio, schedule) if value is not None]
-    if len(given) != 1:
-        raise UsageError(
-            "freeze needs exactly one of result, keep_ratio and schedule", code="DCR-U024"
-        )
-    if result is not None:
-        schedule = result.schedule
-    if keep_ratio is not None:
-        schedule = uniform_schedule(program, keep_ratio)
-    assert schedule is not None
-    schedule = schedule.merged()
+    schedule = schedule_of(program, result, keep_ratio, schedule).merged()
     return tuple(
         run_passes(
             program, [FreezeKeptTokens(schedule, bucket, limit), RemoveFullBlocks()]
@@ -259,7 +258,7 @@ def export(
     parity_tolerance: float = 1e-4,
     target: str | Sequence[str] | None = None,
     profiles: bool = True,
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
+    precision: ExportPrecision = "fp32",
     states: Iterable[Mapping[str, Tensor]] = (),
 ) -> Artifact:
     """Write the artifact: ONNX graphs over one weights file, golden outputs, manifest.
@@ -281,7 +280,8 @@ def export(
         TargetError: a target does not take a graph; names each rule.
     """
     targets = find_targets(target)
-    programs = [program_of(graph, Stage.FROZEN) for graph in frozen]
+    programs = frozen_programs(frozen)
+    check_choice("precision", precision, get_args(ExportPrecision))
     half = None if precision == "fp32" else half_settings(programs, precision, states)
     with locked(Path(out)):
         manifest = export_programs(
@@ -307,7 +307,7 @@ def compile(
     budget: float | str | None = None,
     learned_from: str | Path | None = None,
     data: Iterable[Mapping[str, Tensor]] | None = None,
-    config: CompileConfig | None = None,
+    config: CompileConfig | Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     conditions: Conditions | None = None,
     evaluate: Evaluate | None = None,
@@ -334,7 +334,7 @@ def compile(
             and weights are taken instead of a calibration, and only the schedule is solved anew.
         data: see :func:`calibrate`. Where it changes between two calls the second one trains anew, if it is a list, a tuple
             or teacher states; the content of anything else is not compared, so name a new folder for it.
-        config: settings.
+        config: settings, as an object or nested dicts.
         sampler: for rollouts and for the benchmark's sampling loop.
         conditions: for rollouts.
         evaluate: measures quality: ``evaluate(dense, compressed, folder)`` with two callables that
@@ -347,7 +347,8 @@ def compile(
     Raises:
         UnsupportedModelError, BudgetError, UsageError, ArtifactError, AccuracyError: see each stage.
     """
-    asked = asked_for(config or CompileConfig(), budget, learned_from, until)
+    check_sampling(sampler, conditions)
+    asked = asked_for(settings_from(config, CompileConfig), budget, learned_from, until)
     config, share, learned = asked.config, asked.share, asked.learned
     model, example_inputs, runs = open_model(
         model, example_inputs, pipeline_inputs, component, config.rollouts.steps

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from diffcr_compile.arguments import check_choice
 from diffcr_compile.budgets import budget_identity
 from diffcr_compile.carry_over import Learned, read_learned, with_routing_of
 from diffcr_compile.config import DEFAULT_BUDGET, CompileConfig, parse_budget
@@ -51,6 +52,8 @@ def asked_for(
         UsageError, ArtifactError, EnvironmentMissingError: which of them is wrong or missing.
     """
     find_targets(config.export.target)
+    if until is not None:
+        check_choice("until", until, get_args(Until))
     if until not in ("calibrate", "freeze"):
         check_provider("cpu")
     learned = None if learned_from is None else read_learned(Path(learned_from))

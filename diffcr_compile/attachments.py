@@ -8,7 +8,6 @@ the graph or frozen into it, so it is refused by name, with the call that takes 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from diffcr_compile.copied import copied
 from diffcr_compile.errors import UnsupportedModelError
 
 SHOWN = 3
@@ -253,7 +253,7 @@ def _refuse_adapters(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def _fused(model: nn.Module) -> nn.Module:
-    fused = copy.deepcopy(model)
+    fused = copied(model)
     for name in _adapter_layers(fused):
         layer: Any = fused.get_submodule(name)
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None

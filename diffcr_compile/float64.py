@@ -5,7 +5,6 @@ Rounding then is 1e-15, so that a number of 1e-8 is a fact about the module and 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcr_compile.blocks import Path, map_leaves
+from diffcr_compile.copied import copied
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -57,7 +57,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 def float64_copy(module: nn.Module) -> nn.Module:
     """A float64 copy in evaluation mode."""
-    return copy.deepcopy(module).double().eval()
+    return copied(module).double().eval()
 
 
 def float64_tree(tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def program_of(graph: object, stage: Stage) -> Program:
             f"expected a {stage.name} graph from dcr.{made_by}(), got {found}", code="DCR-U025"
         )
     return graph.program
+
+
+def frozen_programs(graphs: object) -> list[Program]:
+    """The programs of what :func:`diffcr_compile.freeze` made, at least one."""
+    if not isinstance(graphs, Sequence) or not graphs:
+        found = "nothing" if isinstance(graphs, Sequence) else type(graphs).__name__
+        raise UsageError(
+            f"expected all the FROZEN graphs that dcr.freeze() returned, in a tuple or list, got {found}",
+            code="DCR-U025",
+        )
+    return [program_of(graph, Stage.FROZEN) for graph in graphs]
 
 
 def even_buckets(config: RoutingConfig) -> TimestepBuckets:
@@ -295,6 +307,36 @@ def half_settings(
         value = 0.0 if name is None else float(state[name].flatten()[0])
         buckets[0 if name is None else schedule.buckets.index_of(value)].append(state)
     return HalfSettings(precision, states=buckets)
+
+
+def schedule_of(
+    program: Program,
+    result: CalibrationResult | None,
+    keep_ratio: float | None,
+    schedule: TokenSchedule | None,
+) -> TokenSchedule:
+    """The kept tokens that :func:`diffcr_compile.freeze` was given in one of three ways."""
+    three: dict[str, object] = {
+        "result": result, "keep_ratio": keep_ratio, "schedule": schedule,
+    }  # fmt: skip
+    given = [(name, value) for name, value in three.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "freeze needs exactly one of result, keep_ratio and schedule", code="DCR-U024"
+        )
+    ((name, value),) = given
+    match name, value:
+        case "result", CalibrationResult():
+            return value.schedule
+        case "keep_ratio", Real():
+            return uniform_schedule(program, float(value))
+        case "schedule", TokenSchedule():
+            return value
+    raise UsageError(
+        f"freeze: {name} is of type {type(value).__name__}. Pass what dcr.calibrate() returned as result, or by name "
+        "keep_ratio=0.5 or schedule=TokenSchedule(...)",
+        code="DCR-U024",
+    )
 
 
 def uniform_schedule(program: Program, keep_ratio: float) -> TokenSchedule:

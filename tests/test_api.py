@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import diffcr_compile as dcr
+from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.config import make_config
 from diffcr_compile.errors import BudgetError, UnsupportedModelError, UsageError
 from tests import models
@@ -235,6 +236,10 @@ def test_freeze_takes_one_of_three_and_a_uniform_ratio() -> None:
     routed = routed_tiny_dit()
     with pytest.raises(UsageError, match="exactly one"):
         dcr.freeze(routed)
+    with pytest.raises(UsageError, match=r"result is of type float.*keep_ratio=0\.5"):
+        dcr.freeze(routed, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="schedule is of type CalibrationResult"):
+        dcr.freeze(routed, schedule=CalibrationResult(None, None, None, (), {}))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="keep_ratio must be in"):
         dcr.freeze(routed, keep_ratio=1.2)
     (dense,) = dcr.freeze(routed, keep_ratio=1.0)

@@ -290,6 +290,15 @@ ROUTED: dict[str, dict[str, Unit]] = {
     },
     "sequence_first": blocks(Unit(sequence_first=True)),
     "window_attention": {"blocks.0": PLAIN},
+    # habits of writing
+    "torch_encoder": blocks(PLAIN, name="encoder.layers"),
+    "multihead_attention": blocks(PLAIN),
+    "magnitude_preserving": blocks(PLAIN),
+    "parametrized_weights": blocks(PLAIN),
+    "scripted_modulation": blocks(PLAIN),
+    "own_tensors_in_place": blocks(PLAIN),
+    "mapped_over_the_batch": blocks(PLAIN),
+    "own_autograd_function": blocks(PLAIN),
 }  # fmt: skip
 
 # Blocks of routed models that must stay dense, with words of the reason.
@@ -312,7 +321,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         (
             "tuple_with_read_weights", "frames_folded_inside", "weak_window_attention", "token_shift",
             "pooling", "causal_inside", "rotary_inside", "own_position_bias",
-            "pinned_number_of_tokens", "hidden_table", "hidden_and_residual",
+            "pinned_number_of_tokens", "hidden_table", "hidden_and_residual", "stream_in_place",
         ),
         ("blocks.0.mlp", "blocks.1.mlp"),
     ),

@@ -8,7 +8,6 @@ whatever comes after a calibration sees a plain model.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.copied import copied
 from diffcr_compile.errors import AccuracyError, EnvironmentMissingError, UsageError
 from diffcr_compile.program import Program, run_flat
 
@@ -84,7 +84,7 @@ def merge_adapters(program: Program) -> None:
             requires_grad=base.weight.requires_grad,
         )
         shared: dict[int, Any] = {id(base.weight): weight, id(base.bias): base.bias}
-        program.module.set_submodule(name, copy.deepcopy(base, shared))
+        program.module.set_submodule(name, copied(base, shared))
     for spec in program.blocks:
         block = program.module.get_submodule(spec.name)
         if hasattr(block, "peft_config"):
@@ -96,7 +96,7 @@ def _copy_blocks(program: Program) -> None:
     module = program.module
     shared: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     for spec in program.blocks:
-        module.set_submodule(spec.name, copy.deepcopy(module.get_submodule(spec.name), shared))
+        module.set_submodule(spec.name, copied(module.get_submodule(spec.name), shared))
 
 
 def _add_adapters(program: Program, rank: int, seed: int) -> None:

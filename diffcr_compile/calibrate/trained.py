@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from diffcr_compile.calibrate.lora import MARKS
 from diffcr_compile.calibrate.muon import StackedMuon
 from diffcr_compile.config import CalibrationConfig
+from diffcr_compile.copied import copied
 from diffcr_compile.errors import AccuracyError, UsageError
 from diffcr_compile.program import DiTGraph, Program
 
@@ -142,9 +142,9 @@ def own_weights(module: DiTGraph) -> None:
     """Give a graph its own copy of every weight; weights that were shared inside it stay shared."""
     memo: dict[int, Any] = {}
     for name, child in list(module.named_children()):
-        setattr(module, name, copy.deepcopy(child, memo))
+        setattr(module, name, copied(child, memo))
     for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, copy.deepcopy(parameter, memo))
+        setattr(module, name, copied(parameter, memo))
 
 
 def router_parameters(program: Program) -> dict[str, nn.Parameter]:

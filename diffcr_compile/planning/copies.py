@@ -5,13 +5,14 @@ Nobody who works on a copy can change the user's model by accident, its hooks an
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from diffcr_compile.copied import copied
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -40,7 +41,7 @@ def _copy(model: nn.Module, of: Callable[[Tensor], Tensor]) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(tensor): of(tensor) for tensor in tensors}).eval()
+    return copied(model, {id(tensor): of(tensor) for tensor in tensors}).eval()
 
 
 def fill_meta(module: nn.Module, leave: Collection[str] = ()) -> nn.Module:

@@ -6,8 +6,19 @@ of each model what is right.
 
 from __future__ import annotations
 
-from tests.zoo import handwritten_arguments, handwritten_mixing, handwritten_structure
+from tests.zoo import (
+    handwritten_arguments,
+    handwritten_habits,
+    handwritten_mixing,
+    handwritten_structure,
+)
 
 POSITION = handwritten_mixing.POSITION
 
-__all__ = ["POSITION", "handwritten_arguments", "handwritten_mixing", "handwritten_structure"]
+__all__ = [
+    "POSITION",
+    "handwritten_arguments",
+    "handwritten_habits",
+    "handwritten_mixing",
+    "handwritten_structure",
+]

@@ -296,7 +296,11 @@ def _permutation_error(
     unread: set[Any],
     wide: bool,
 ) -> float:
-    block = copy.deepcopy(block)
+    held = [value for part in block.modules() for value in vars(part).values()]
+    # TorchScript does not copy its functions
+    block = copy.deepcopy(
+        block, {id(h): h for h in held if isinstance(h, torch.jit.ScriptFunction)}
+    )
     if wide:
         block, tree = block.double(), rebuilt(tree, doubled)
     for value in block.parameters():  # a gate of zero would hide what it gates

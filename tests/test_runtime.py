@@ -25,6 +25,7 @@ from diffcr_compile.errors import (
     ArtifactError,
     EnvironmentMissingError,
     ResourceError,
+    UnsupportedModelError,
     UsageError,
 )
 from diffcr_compile.manifest import Manifest, hash_files, write_manifest
@@ -355,6 +356,23 @@ def test_a_file_that_is_no_onnx_is_refused_in_words(toy: Path, tmp_path: Path) -
     (copy / "onnx/bucket_00.onnx").write_bytes(b"no onnx")
     with pytest.raises(ArtifactError, match=r"cannot load .*bucket_00\.onnx"):
         load(copy, verify=False)(**call())
+
+
+def test_a_type_without_kernels_is_no_damaged_file(tmp_path: Path) -> None:
+    """ONNX Runtime has no convolution in float64."""
+    tensors = [
+        helper.make_tensor_value_info(name, TensorProto.DOUBLE, shape)
+        for name, shape in (("x", (1, 1, 4, 4)), ("w", (1, 1, 2, 2)), ("y", (1, 1, 3, 3)))
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])], "wide", tensors[:2], tensors[2:]
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "wide.onnx")
+    with pytest.raises(UnsupportedModelError, match=r"no kernel .*Conv.*torch\.float32"):
+        backend.make_session(tmp_path / "wide.onnx")
 
 
 def test_a_folder_that_is_no_artifact_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from diffcr_compile.errors import ArtifactError, EnvironmentMissingError, UsageError
+from diffcr_compile.errors import (
+    ArtifactError,
+    EnvironmentMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -52,6 +57,7 @@ def make_session(
         EnvironmentMissingError: the provider is not there. ONNX Runtime itself would go on
             silently on the CPU.
         ArtifactError: ONNX Runtime cannot read the file.
+        UnsupportedModelError: it has no kernel for one of the file's operators in the operator's type.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
@@ -72,6 +78,12 @@ def make_session(
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=wanted)
     except Exception as error:
+        if type(error).__name__ == "NotImplemented":
+            raise UnsupportedModelError(
+                f"ONNX Runtime {ort.__version__} has no kernel on {name} for an operator of {path} in its type: "
+                f"{str(error)[:400]}. float64 and bfloat16 have few kernels. Convert the model and its example inputs "
+                "with .to(torch.float32) and compile anew, or build an engine of the graph."
+            ) from error
         raise ArtifactError(
             f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error)[:400]}. "
             "Make the artifact anew, or install the onnxruntime named in its manifest."

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, get_leaf, map_leaves
-from diffcr_compile.check_capture import check_capture
+from diffcr_compile.check_capture import NOT_ONE_FUNCTION, check_capture
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import (
     CaptureError,
@@ -75,11 +75,13 @@ _CURE = (
     "Typical causes are branches on tensor values and numbers read from tensors with .item() or "
     ".numpy() in forward; move them out of forward or make them depend on shapes only."
 )
-_FLEX_CURE = (
-    "The model calls flex_attention, which compiles itself for the tokens it is first given, so no graph for other "
+# Words of a failure -> what to say in the place of that.
+_CURES = {
+    NOT_ONE_FUNCTION: "",
+    "flex_attention": "The model calls flex_attention, which compiles itself for the tokens it is first given, so no graph for other "
     "engines can hold it. Let it call torch.nn.functional.scaled_dot_product_attention, with what score_mod and "
-    "block_mask do as attn_mask; in models of diffusers: model.set_attention_backend('native')."
-)
+    "block_mask do as attn_mask; in models of diffusers: model.set_attention_backend('native').",
+}
 # What models call the input that says how noisy the sample is.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
@@ -128,8 +130,8 @@ def capture(
             continue
         return program
     said = "\n".join(failures)
-    cure = _FLEX_CURE if "flex_attention" in said else _CURE
-    raise CaptureError(f"{type(model).__name__} cannot be captured.\n{said}\n{cure}")
+    cure = next((cure for words, cure in _CURES.items() if words in said), _CURE)
+    raise CaptureError(f"{type(model).__name__} cannot be captured.\n{said}\n{cure}".strip())
 
 
 def _refuse_names(model: nn.Module) -> None:

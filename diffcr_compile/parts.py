@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcr_compile.blocks import BlockSpec, Path, TokenAxis, get_leaf, leaves, map_leaves
+from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.float64 import Float64Mode
 from diffcr_compile.lively import lively_copy, lively_tree
 from diffcr_compile.outside import Outside
@@ -82,6 +83,7 @@ def find_parts(
         first = outside.identity(outside.changed(slice(1)))[0] if outside.size > 1 else None
     except Exception:  # noqa: BLE001 - a block whose output is no input cannot be an identity
         return {}
+    _check_always_runs([n for n in blocks if n in calls], [before, after, first or before])
     found = {}
     for name, module in blocks.items():
         if len(calls.get(name, ())) != 1 or not _moves(before[name][0], after[name][0]):
@@ -93,6 +95,17 @@ def find_parts(
             parts = [inner for inner, _ in part_candidates(module)]
             found[name] = PartFindings((), dict.fromkeys(parts, str(reason)))
     return found
+
+
+def _check_always_runs(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
+    """Every block that ran once must run at every call."""
+    lost = [name for name in names if any(name not in run for run in runs)]
+    if lost:
+        raise UnsupportedModelError(
+            f"the model runs {lost[0]} at one call and leaves it out at another: it skips blocks by a rule of its own, "
+            "such as a cache that counts steps (TeaCache), stochastic depth or a branch on values. A static graph runs "
+            "the same blocks at every call; switch that off."
+        )
 
 
 def _moves(one: Call, two: Call) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError, UnsupportedModelError, UsageError
 from diffcr_compile.input_names import input_names
 from diffcr_compile.legality import find_blocks
+from diffcr_compile.planning.randomness import differs_from_itself, draws
 from diffcr_compile.program import Program, Stage, rebuild_call, run_flat, tensor_args
 from tests import models
 from tests.conftest import Case
@@ -442,6 +444,67 @@ def test_what_fails_under_our_modes_does_not_fail_ever_after() -> None:
         ):
             dcr.route(model, inputs)
         assert torch.equal(model(**inputs), expected)
+
+
+class NoisyDiT(models.OwnDiT):
+    """Draws in forward."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x), t)
+
+
+class CountingDiT(models.OwnDiT):
+    """Runs its blocks at every other call, as caches over sampling steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.moved: Tensor | float = 0.0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        tokens, condition = self.embed(x, t)
+        if self.calls % 2 == 0:
+            return self.image(tokens + self.moved)
+        before = tokens
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        self.moved = tokens - before
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (NoisyDiT(), "called twice with the same inputs, gives two outputs"),
+        (CountingDiT(), r"runs blocks\.\d at one call and leaves it out at another.*TeaCache"),
+    ],
+)
+def test_a_model_that_is_no_function_of_its_inputs_is_refused(
+    model: nn.Module, words: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=words) as caught:
+        dcr.route(model.eval(), models.inputs_for())
+    assert "baked into" not in str(caught.value)
+    plan = dcr.inspect(model, models.inputs_for())
+    assert re.search(words, str(plan.error))
+
+
+def test_attention_and_other_ops_draw_nothing_and_a_draw_need_not_show() -> None:
+    class Unused(models.OwnDiT):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            torch.randn_like(x)
+            return super().forward(x, t)
+
+    assert draws(["aten.add.Tensor", "aten.randn_like.default"])
+    assert draws(["aten.bernoulli.p"])
+    assert not draws(["aten.add.Tensor", "flex_attention", "prim.device.default"])
+    assert not draws(["aten._scaled_dot_product_flash_attention_for_cpu.default"])
+    assert not draws(dcr.inspect(*models.plain()).ops)
+    inputs = models.inputs_for()
+    for model, differs in ((NoisyDiT(), True), (Unused(), False)):
+        assert differs_from_itself(model.eval(), (), inputs) == differs
+    assert dcr.inspect(Unused().eval(), inputs).error is None
 
 
 class Adapter(nn.Module):

@@ -37,6 +37,7 @@ from diffcr_compile.blocks import (
     map_leaves,
 )
 from diffcr_compile.capture import capture
+from diffcr_compile.check_capture import NOT_ONE_FUNCTION
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.examiner import Examiner, examine, guess_views
@@ -51,6 +52,7 @@ from diffcr_compile.planning.copies import (
     with_data,
 )
 from diffcr_compile.planning.fake_run import FakeRun, Tree, short
+from diffcr_compile.planning.randomness import differs_from_itself, draws
 from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
@@ -128,6 +130,8 @@ def dry_run(
     findings = choose_blocks(findings, config)
     same_as = {b: o for b, o in tried.same_as.items() if b in _names(findings)}
     program, problem = _captured(model, twin, tree, tried, findings)
+    if problem is None and draws(tried.first.trace.counts) and not _has_no_data(model):
+        problem = NOT_ONE_FUNCTION if differs_from_itself(shared_copy(model), *tree) else None
     is_fake = program is not None and any(
         isinstance(t, FakeTensor) for t in program.example.values()
     )

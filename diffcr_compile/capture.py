@@ -15,12 +15,9 @@ inputs that the capture has not seen.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import functools
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +42,7 @@ from diffcr_compile.input_names import input_names
 from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.outputs import OutputForm, OutputForms
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
+from diffcr_compile.quiet import quiet_torch
 from diffcr_compile.signature import (
     CallCodeGen,
     CallSignature,
@@ -348,13 +346,11 @@ def _quiet_export(
         dict(call), lambda _, t: t.detach().clone() if isinstance(t, Tensor) else t
     )
     with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
+        quiet_torch(),
         torch.no_grad(),
         AliasesOfData(),
         kept_caches(model),
     ):
-        warnings.simplefilter("ignore")
         return torch.export.export(
             model,
             (),

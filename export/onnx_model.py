@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +27,7 @@ from diffcr_compile.export.undone_reshapes import drop_undone_reshapes
 from diffcr_compile.export.weights import WeightsWriter, place_of
 from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, evaluating, run_flat
+from diffcr_compile.quiet import quiet_torch
 
 # One file then serves TensorRT 10.3 (JetPack 6) to 11.
 OPSET = 20
@@ -86,7 +85,7 @@ def exported_program(program: Program) -> ExportedProgram:
         UnsupportedModelError: the exporter fails.
     """
     refuse_bfloat16(program)
-    with quiet(), _named_failures(program):
+    with quiet_torch(), _named_failures(program):
         return lower_for_onnx(_exported(FlatCall(program), program))
 
 
@@ -101,7 +100,7 @@ def graph_from_exported(
 
     With `bfloat16` its ops may compute in that type where ONNX lets them.
     """
-    with quiet(), _named_failures(program):
+    with quiet_torch(), _named_failures(program):
         made = _translated(exported)
     return _finished(made, program, store, bfloat16)
 
@@ -131,7 +130,7 @@ def _regrown(program: Program, short: ShortProgram) -> ONNXProgram:
         UnlikeUnitsError: the program has to be exported as a whole.
     """
     refuse_bfloat16(program)
-    with quiet(), _named_failures(program):
+    with quiet_torch(), _named_failures(program):
         exported = _exported(short.module, program)
         weights = {*exported.state_dict, *exported.constants}
         exported = lower_for_onnx(exported)
@@ -149,7 +148,7 @@ def _finished(
     bfloat16: bool = False,
 ) -> tuple[ModelProto, dict[str, str]]:
     """What is left to do when every node is there."""
-    with quiet(), _named_failures(program):
+    with quiet_torch(), _named_failures(program):
         optimize_graph(made.model)
         drop_undone_reshapes(made.model)
     if store is not None:
@@ -269,23 +268,6 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error, limit=600)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about itself from the user."""
-    logger = logging.getLogger("torch.onnx")
-    inner = logging.getLogger("torch.onnx._internal.exporter._registration")
-    levels = logger.level, inner.level
-    logger.setLevel(logging.ERROR)
-    inner.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(levels[0])
-        inner.setLevel(levels[1])
 
 
 def merge_equal_constants(model: ModelProto) -> None:

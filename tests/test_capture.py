@@ -507,6 +507,20 @@ def test_attention_and_other_ops_draw_nothing_and_a_draw_need_not_show() -> None
     assert dcr.inspect(Unused().eval(), inputs).error is None
 
 
+def test_a_refused_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """PyTorch prints a whole graph before the error of a branch on values."""
+
+    class Guarded(models.OwnDiT):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if torch.isnan(x).any():
+                raise ValueError("not a number")
+            return super().forward(x, t)
+
+    with pytest.raises(CaptureError, match="a branch or a size, which no graph can follow"):
+        dcr.route(Guarded().eval(), models.inputs_for())
+    assert capfd.readouterr() == ("", "")
+
+
 class Adapter(nn.Module):
     """What a user wraps a model in that takes more than tensors."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_compile.export.onnx_model import OPSET, quiet
+from diffcr_compile.export.onnx_model import OPSET
+from diffcr_compile.quiet import quiet_torch
 
 
 class _Tensors(nn.Module):
@@ -31,7 +32,7 @@ def plain_onnx(model: nn.Module, inputs: Mapping[str, Any], path: Path) -> None:
     """Export with torch's own defaults, weights in a file beside the graph."""
     wrapped = _Tensors(model, inputs)
     tensors = tuple(inputs[name] for name in wrapped.names)
-    with quiet():
+    with quiet_torch():
         made = torch.onnx.export(
             wrapped,
             tensors,

@@ -55,6 +55,7 @@ from diffcr_compile.planning.fake_run import FakeRun, Tree, short
 from diffcr_compile.planning.randomness import differs_from_itself, draws
 from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
+from diffcr_compile.quiet import quiet_torch
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
 from diffcr_compile.residual import Pairs
 from diffcr_compile.streams import Moved, image_stream
@@ -374,7 +375,7 @@ def _capture(model: nn.Module, tree: Tree, findings: Findings) -> Program:
 def _check_traceable(name: str, block: nn.Module, call: Call) -> None:
     args, kwargs = call.tree
     try:
-        with torch.no_grad(), kept_caches(block):
+        with torch.no_grad(), kept_caches(block), quiet_torch():
             torch.export.export(block, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(

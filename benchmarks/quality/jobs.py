@@ -17,9 +17,9 @@ from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import (
     BY_DEFAULT,
     DISTILLED,
-    EARLY,
     FLOOR,
     FULL,
+    OTHER_SETTINGS,
     QUARTER,
     ROUTED,
     Scale,
@@ -48,10 +48,8 @@ ON_IMAGES = (
 FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
 DENSE = ("dense", "dense, fine-tuned")
 TRAINED_DENSE = ("dense, fine-tuned", "dense" + DISTILLED)
-# At the first budget only: other settings of ours.
-SETTLED_EARLY = (EARLY + DISTILLED, FLOOR + DISTILLED)
 STEPS_DISTILLED = tuple(
-    name for name in ROUTED if name.endswith(DISTILLED) and name not in SETTLED_EARLY
+    name for name in ROUTED if name.endswith(DISTILLED) and name not in OTHER_SETTINGS
 )
 # With many steps, where leaving steps out is cheap.
 MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
@@ -65,12 +63,12 @@ def jobs(scale: Scale) -> list[list[Job]]:
         [
             *with_all_seeds(("dense", *TRAINED_DENSE), (1.0,), scale),
             *with_all_seeds((*ON_IMAGES, *OTHERS), (first,), scale),
-            *with_all_seeds((*STEPS_DISTILLED, *SETTLED_EARLY, FIFTH), (first,), scale),
+            *with_all_seeds((*STEPS_DISTILLED, *OTHER_SETTINGS, FIFTH), (first,), scale),
             *with_all_seeds((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
         ],
         [
             *with_all_seeds(TRAINED_DENSE, (1.0,), scale, QUARTER),
-            *with_all_seeds((FLOOR + DISTILLED,), (first,), scale, QUARTER),
+            *with_all_seeds(OTHER_SETTINGS[1:], (first,), scale, QUARTER),
             *with_all_seeds(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
         ],
         [

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY, FLOOR, FULL, Scale
+from benchmarks.quality.settings import DISTILLED, EARLY, EARLY_FLOOR, FLOOR, FULL, Scale
 from benchmarks.quality.table import OUR_VARIANTS, compared
 from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
@@ -32,7 +32,8 @@ NOTES = {
     "dense, fine-tuned": "trained on for as many steps, flow matching on images",
     "ours, a fifth of the steps": "of training",
     EARLY: "ours with `calibration.settle` 0.7 in the place of 0.4",
-    FLOOR: "ours with `calibration.settle` 0.7, `routing.min_keep_ratio` 0.45 and no block skipped",
+    FLOOR: "ours with `routing.min_keep_ratio` 0.45 and no block skipped",
+    EARLY_FLOOR: "the same with `calibration.settle` 0.7",
     "ours, two bins": "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
 }

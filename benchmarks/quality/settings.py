@@ -50,9 +50,11 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
 EARLY = "ours, settled early"
 ROUTED[EARLY] = {"calibration": {"settle": 0.7}}
-# And no block keeps less in any bucket, as early gradients ask for more uneven ratios than a long training wants.
-FLOOR = "ours, settled early, keep ratios from 0.45"
-ROUTED[FLOOR] = {"routing": {"min_keep_ratio": 0.45, "skip_blocks": False}, **ROUTED[EARLY]}
+# No block keeps less in any bucket, as early gradients ask for more uneven ratios than a long training wants.
+FLOOR = "ours, keep ratios from 0.45"
+ROUTED[FLOOR] = {"routing": {"min_keep_ratio": 0.45, "skip_blocks": False}}
+EARLY_FLOOR = "ours, settled early, keep ratios from 0.45"
+ROUTED[EARLY_FLOOR] = {**ROUTED[EARLY], **ROUTED[FLOOR]}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -65,8 +67,11 @@ ROUTED |= {
         "ratios from measured errors",
         EARLY,
         FLOOR,
+        EARLY_FLOOR,
     )
 }
+# Other settings of ours, at the first budget only.
+OTHER_SETTINGS = tuple(name + DISTILLED for name in (EARLY, FLOOR, EARLY_FLOOR))
 # Share of the training steps that all others have.
 STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
 # These are the same however long the others are trained.

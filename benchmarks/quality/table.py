@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY, FLOOR, UNTRAINED
+from benchmarks.quality.settings import DISTILLED, OTHER_SETTINGS, UNTRAINED
 
 FIGURES = ("kid_x1000", "frechet", "class_accuracy", "psnr_to_dense_db", "macs")
 HEADLINE = "kid_x1000"
 # The two ways to keep ratios that the calibration has, each without and with distilled steps.
 BY_GRADIENTS = ("ours", "ours" + DISTILLED)
 BY_ERRORS = ("ratios from measured errors", "ratios from measured errors" + DISTILLED)
-OUR_VARIANTS = (*BY_GRADIENTS, *BY_ERRORS, EARLY + DISTILLED, FLOOR + DISTILLED)
+OUR_VARIANTS = (*BY_GRADIENTS, *BY_ERRORS, *OTHER_SETTINGS)
 Run = Mapping[str, Any]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T", nn.Module, nn.Parameter)
 _STATE = ("_parameters", "_buffers", "_modules")
+_HOLDERS = (list, tuple, dict, set, nn.Module)
 
 
 def copied(value: T, memo: dict[int, Any] | None = None) -> T:
@@ -39,13 +40,15 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
 
 def _stand_ins(value: nn.Module | nn.Parameter, memo: dict[int, Any]) -> dict[int, Any]:
     """Of each attribute of a module that cannot be copied: what is to be in its place."""
+    parts = value.modules() if isinstance(value, nn.Module) else ()
+    every = [held for part in parts for name, held in vars(part).items() if name not in _STATE]
+    # What holds other things comes last: a list with a module in it (a way back to its parent, say) is copied once
+    # it is known what stands in for the lock of that module.
+    every.sort(key=lambda held: isinstance(held, _HOLDERS))
     found: dict[int, Any] = {}
-    for part in value.modules() if isinstance(value, nn.Module) else ():
-        for name, held in vars(part).items():
-            if name in _STATE:
-                continue
-            try:
-                copy.deepcopy(held, dict(memo))
-            except Exception:  # noqa: BLE001 - as above
-                found[id(held)] = held.detach().clone() if isinstance(held, Tensor) else held
+    for held in every:
+        try:
+            copy.deepcopy(held, {**memo, **found})
+        except Exception:  # noqa: BLE001 - as above
+            found[id(held)] = held.detach().clone() if isinstance(held, Tensor) else held
     return found

@@ -61,6 +61,15 @@ def test_what_is_shared_stays_shared_between_copies() -> None:
     assert a.lock is first.lock
 
 
+def test_a_way_back_to_the_parent_leads_to_the_copied_parent() -> None:
+    parent = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for child in parent:
+        child.lock, child.parent = threading.Lock(), [parent]  # in a list: no submodule
+    other = copied(parent)
+    assert all(child.parent[0] is other for child in other)
+    assert [a.lock is b.lock for a, b in zip(parent, other, strict=True)] == [True, True]
+
+
 def test_what_stands_in_the_place_of_a_weight_does_so_beside_a_lock() -> None:
     layer, given = nn.Linear(3, 3), nn.Parameter(torch.zeros(3, 3))
     layer.lock = threading.Lock()

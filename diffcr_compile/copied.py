@@ -34,7 +34,10 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
         # not the same memo: it holds half-made copies
         attempt = {**_stand_ins(value, memo), **memo}
         result = copy.deepcopy(value, attempt)
+    # deepcopy keeps what it met alive under the id of its memo, which may soon be that of something else
+    kept = attempt.pop(id(attempt), [])
     memo.update(attempt)
+    memo.setdefault(id(memo), []).extend(kept)
     return result
 
 

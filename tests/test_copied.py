@@ -61,6 +61,21 @@ def test_what_is_shared_stays_shared_between_copies() -> None:
     assert a.lock is first.lock
 
 
+def test_many_copies_with_one_memo_do_not_take_each_others_places() -> None:
+    """What is kept alive between copies stands under an id; it must be that of an object that lives as long."""
+    memo: dict[int, Any] = {}
+    for layer in [nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(20)]:
+        other = copied(layer, memo)
+        assert equal(dict(other.state_dict()), dict(layer.state_dict()))
+        assert list(other._modules) == ["0", "1"]
+        keeping = [
+            key
+            for key, value in memo.items()
+            if isinstance(value, list) and any(one is layer for one in value)
+        ]
+        assert keeping == [id(memo)]
+
+
 def test_a_way_back_to_the_parent_leads_to_the_copied_parent() -> None:
     parent = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for child in parent:

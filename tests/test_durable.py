@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+import diffcr_compile as dcr
 from diffcr_compile import cli, durable
 from diffcr_compile.commands.terminal import terminal
 from diffcr_compile.durable import (
@@ -38,6 +39,7 @@ from diffcr_compile.export.weights import WeightsWriter
 from diffcr_compile.folder_lock import locked, take_lock
 from diffcr_compile.tensor_file import _TYPES, write_tensors
 from diffcr_compile.workspace import Workspace
+from tests.conftest import routed_tiny_dit
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
@@ -314,10 +316,9 @@ def test_of_many_that_start_at_once_one_gets_in(tmp_path: Path) -> None:
 
 
 def test_export_locks_its_folder_too(tmp_path: Path) -> None:
-    from diffcr_compile.api import export
-
+    frozen = dcr.freeze(routed_tiny_dit(), keep_ratio=1.0)
     with locked(tmp_path), pytest.raises(UsageError, match="another diffcr run"):
-        export([], tmp_path)
+        dcr.export(frozen, tmp_path)
 
 
 def _holder(folder: Path) -> subprocess.Popen[str]:

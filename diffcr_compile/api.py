@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -23,7 +23,12 @@ from diffcr_compile.calibration_keys import (
     states_identity,
 )
 from diffcr_compile.carry_over import carry_over
-from diffcr_compile.config import CompileConfig, RoutingConfig, parse_budget
+from diffcr_compile.config import (
+    CompileConfig,
+    ExportPrecision,
+    RoutingConfig,
+    parse_budget,
+)
 from diffcr_compile.config_text import effective_yaml
 from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.export.parity import Parity
@@ -80,8 +85,6 @@ from diffcr_compile.vector_math import settle_vector_math
 from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
 
 settle_vector_math()  # at import, because the user's model is often built after it
-
-ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 __all__ = [
     "Artifact",

@@ -143,11 +143,7 @@ def _check_libraries(model: nn.Module) -> None:
 
 def _check_scripted(model: nn.Module) -> None:
     """Modules that torch.jit made: their code is TorchScript's, which torch.export does not read."""
-    found = [
-        name or "the model itself"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.jit.ScriptModule)
-    ]
+    found = _names_of(model, torch.jit.ScriptModule)
     if found:
         raise UnsupportedModelError(
             f"torch.jit.script or torch.jit.trace was called on {_some(found)}, and TorchScript cannot be captured. "
@@ -195,11 +191,7 @@ def _check_hooks(model: nn.Module) -> None:
 
 def _check_compiled(model: nn.Module) -> None:
     """``torch.compile(module)``, which stands in the place of a module with another forward."""
-    found = [
-        name or "the model itself"
-        for name, module in model.named_modules()
-        if isinstance(module, OptimizedModule)
-    ]
+    found = _names_of(model, OptimizedModule)
     if found:
         raise UnsupportedModelError(
             f"torch.compile was called on {_some(found)}, and its graph cannot be captured once more. Give the "
@@ -300,6 +292,10 @@ def _origin(function: Callable[..., Any]) -> str:
     module = getattr(inner, "__module__", None) or type(inner).__module__
     name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
     return f"{module}.{name}"
+
+
+def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def _some(names: Sequence[str], separator: str = ", ") -> str:

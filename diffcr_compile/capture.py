@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from diffcr_compile.block_calls import Input, graph_with_block_calls
 from diffcr_compile.blocks import BlockSpec, Path, Refusal, get_leaf, map_leaves
-from diffcr_compile.check_capture import NOT_ONE_FUNCTION, check_capture
+from diffcr_compile.check_capture import check_capture
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import (
     CaptureError,
@@ -43,6 +43,7 @@ from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.outputs import OutputForm, OutputForms
 from diffcr_compile.program import DiTGraph, Program, Stage, batch_size, map_batched
 from diffcr_compile.quiet import quiet_torch
+from diffcr_compile.randomness import NOT_ONE_FUNCTION
 from diffcr_compile.signature import (
     CallCodeGen,
     CallSignature,

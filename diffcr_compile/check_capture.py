@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from diffcr_compile.blocks import Path, map_leaves
 from diffcr_compile.errors import CaptureError, one_line
 from diffcr_compile.program import Program, flat_tensors, map_batched
+from diffcr_compile.randomness import NOT_ONE_FUNCTION, differs_from_itself
 from diffcr_compile.recorded import fresh
 from diffcr_compile.signature import call_arguments
 from diffcr_compile.verify import infer_shapes
@@ -20,11 +21,6 @@ from diffcr_compile.verify import infer_shapes
 # order (1e-7). A number that was baked in moves the output by 1e-2 and more.
 MAX_CAPTURE_ERROR = 1e-4
 _BAKED_IN = "a number that forward reads from its inputs was baked into the graph"
-NOT_ONE_FUNCTION = (
-    "the model itself, called twice with the same inputs, gives two outputs. Either it draws random numbers in forward "
-    "(draw them outside and pass them as an input), or it remembers earlier calls, such as a cache that counts steps "
-    "(switch it off)"
-)
 
 
 @torch.no_grad()
@@ -73,11 +69,11 @@ def check_capture(program: Program, model: nn.Module, bound: Mapping[str, Any]) 
                 )
             away = _relative_error(one, two)
             if not away <= MAX_CAPTURE_ERROR:
-                again = _call(model, program, inputs)
+                call = call_arguments(program.signature.parameters, inputs)
                 raise CaptureError(
                     f"on {what} the captured graph differs from the model by {away:.1e} (relative; "
                     f"allowed {MAX_CAPTURE_ERROR:.0e}): "
-                    + (_BAKED_IN if _equal(again, expected) else NOT_ONE_FUNCTION)
+                    + (NOT_ONE_FUNCTION if differs_from_itself(model, *call) else _BAKED_IN)
                 )
 
 
@@ -118,12 +114,6 @@ def _one_more(program: Program, bound: Mapping[str, Any]) -> dict[str, Any]:
         dict(bound), program.batch, lambda tensor: torch.cat([tensor, tensor[:1]])
     )
     return longer
-
-
-def _equal(one: list[Tensor], two: list[Tensor]) -> bool:
-    return len(one) == len(two) and all(
-        torch.equal(a, b) for a, b in zip(one, two, strict=True)
-    )
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

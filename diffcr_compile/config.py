@@ -17,6 +17,8 @@ from diffcr_compile.data_files import short
 from diffcr_compile.did_you_mean import did_you_mean
 from diffcr_compile.errors import UsageError
 
+ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -280,7 +282,7 @@ class ExportConfig(_Section):
     parity_tolerance: float = Field(
         default=1e-4, gt=0, description="largest absolute difference ONNX - FROZEN"
     )
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
+    precision: ExportPrecision = Field(
         default="fp32",
         description="type of matrix products and attention; the residual stream, norms, modulation and routers "
         "stay fp32, and so do blocks whose values would overflow fp16. bf16 has the range of fp32 and 3 bits less than "

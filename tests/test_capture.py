@@ -18,8 +18,8 @@ from diffcr_compile.capture import capture
 from diffcr_compile.errors import CaptureError, UnsupportedModelError, UsageError
 from diffcr_compile.input_names import input_names
 from diffcr_compile.legality import find_blocks
-from diffcr_compile.planning.randomness import differs_from_itself, draws
 from diffcr_compile.program import Program, Stage, rebuild_call, run_flat, tensor_args
+from diffcr_compile.randomness import differs_from_itself, draws
 from tests import models
 from tests.conftest import Case
 

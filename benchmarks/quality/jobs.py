@@ -17,6 +17,7 @@ from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import (
     BY_DEFAULT,
     DISTILLED,
+    EARLY_FLOOR,
     FLOOR,
     FULL,
     OTHER_SETTINGS,
@@ -68,7 +69,9 @@ def jobs(scale: Scale) -> list[list[Job]]:
         ],
         [
             *with_all_seeds(TRAINED_DENSE, (1.0,), scale, QUARTER),
-            *with_all_seeds(OTHER_SETTINGS[1:], (first,), scale, QUARTER),
+            *with_all_seeds(
+                (FLOOR + DISTILLED, EARLY_FLOOR + DISTILLED), (first,), scale, QUARTER
+            ),
             *with_all_seeds(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
         ],
         [

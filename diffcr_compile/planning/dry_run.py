@@ -37,7 +37,6 @@ from diffcr_compile.blocks import (
     map_leaves,
 )
 from diffcr_compile.capture import capture
-from diffcr_compile.check_capture import NOT_ONE_FUNCTION
 from diffcr_compile.config import RoutingConfig
 from diffcr_compile.errors import CaptureError, UsageError
 from diffcr_compile.examiner import Examiner, examine, guess_views
@@ -52,10 +51,10 @@ from diffcr_compile.planning.copies import (
     with_data,
 )
 from diffcr_compile.planning.fake_run import FakeRun, Tree, short
-from diffcr_compile.planning.randomness import differs_from_itself, draws
 from diffcr_compile.planning.stand_in import stand_in
 from diffcr_compile.program import Program
 from diffcr_compile.quiet import quiet_torch
+from diffcr_compile.randomness import NOT_ONE_FUNCTION, differs_from_itself, draws
 from diffcr_compile.recorded import Call, IllegalError, output_tensors, two_samples
 from diffcr_compile.residual import Pairs
 from diffcr_compile.streams import Moved, image_stream

@@ -23,19 +23,16 @@ from tests.zoo.handwritten_parts import (
 Example = tuple[nn.Module, dict[str, Any]]
 
 
-def layer(norm_first: bool) -> nn.TransformerEncoderLayer:
-    return nn.TransformerEncoderLayer(
-        WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=norm_first
-    )
-
-
 class Encoder(Shell):
     """PyTorch's own encoder, whose layers are one fused operator in evaluation mode without gradients."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         # nested tensors are for padded text; PyTorch warns that it cannot use them here
-        self.encoder = nn.TransformerEncoder(layer(False), 2, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.image(self.encoder(self.tokens(x) + self.time(t)[:, None]))

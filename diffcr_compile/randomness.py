@@ -1,4 +1,4 @@
-"""Models that draw random numbers in forward: no graph of them is a function of its inputs."""
+"""Models that draw random numbers or remember earlier calls: no graph of them is a function of its inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import nn
 
 from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.recorded import fresh, output_tensors
+
+NOT_ONE_FUNCTION = (
+    "the model itself, called twice with the same inputs, gives two outputs. Either it draws random numbers in forward "
+    "(draw them outside and pass them as an input), or it remembers earlier calls, such as a cache that counts steps "
+    "(switch it off)"
+)
 
 
 def draws(ops: Iterable[str]) -> bool:
@@ -36,5 +42,8 @@ def differs_from_itself(
         runs = []
         for _ in range(2):
             given_args, given_kwargs = fresh((args, dict(kwargs)))
-            runs.append(output_tensors(model(*given_args, **given_kwargs)))
-    return any(not torch.equal(a, b) for a, b in zip(*runs, strict=True))
+            runs.append(list(output_tensors(model(*given_args, **given_kwargs))))
+    one, two = runs
+    return len(one) != len(two) or any(
+        not torch.equal(a, b) for a, b in zip(one, two, strict=True)
+    )

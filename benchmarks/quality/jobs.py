@@ -17,12 +17,15 @@ from benchmarks.quality.sampling import measured
 from benchmarks.quality.settings import (
     BY_DEFAULT,
     DISTILLED,
+    EARLY,
     EARLY_FLOOR,
     FLOOR,
     FULL,
     OTHER_SETTINGS,
     QUARTER,
     ROUTED,
+    TWO_BINS,
+    UNTRAINED,
     Scale,
 )
 from benchmarks.quality.variants import build
@@ -45,10 +48,11 @@ ON_IMAGES = (
     "random router",
     "ratios from measured errors",
 )
-# At the first budget only: what training costs, and the paper's estimator.
-FIFTH, TWO_BINS = "ours, a fifth of the steps", "ours, two bins"
+# At the first budget only: what training costs.
+FIFTH = "ours, a fifth of the steps"
 DENSE = ("dense", "dense, fine-tuned")
 TRAINED_DENSE = ("dense, fine-tuned", "dense" + DISTILLED)
+EARLIER_SETTLED = (EARLY + DISTILLED, EARLY_FLOOR + DISTILLED)
 STEPS_DISTILLED = tuple(
     name for name in ROUTED if name.endswith(DISTILLED) and name not in OTHER_SETTINGS
 )
@@ -64,26 +68,39 @@ def jobs(scale: Scale) -> list[list[Job]]:
         [
             *with_all_seeds(("dense", *TRAINED_DENSE), (1.0,), scale),
             *with_all_seeds((*ON_IMAGES, *OTHERS), (first,), scale),
-            *with_all_seeds((*STEPS_DISTILLED, *OTHER_SETTINGS, FIFTH), (first,), scale),
+            *with_all_seeds((*STEPS_DISTILLED, *EARLIER_SETTLED, FIFTH), (first,), scale),
+            Job(FLOOR + DISTILLED, first, one, few),
             *with_all_seeds((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
         ],
         [
             *with_all_seeds(TRAINED_DENSE, (1.0,), scale, QUARTER),
             *with_all_seeds(
-                (FLOOR + DISTILLED, EARLY_FLOOR + DISTILLED), (first,), scale, QUARTER
+                (*STEPS_DISTILLED, TWO_BINS + DISTILLED, FLOOR + DISTILLED),
+                (first,),
+                scale,
+                QUARTER,
             ),
-            *with_all_seeds(STEPS_DISTILLED, scale.budgets, scale, QUARTER),
-        ],
-        [
-            *with_all_seeds(TRAINED_DENSE, (1.0,), scale, BY_DEFAULT),
-            *with_all_seeds(
-                (*STEPS_DISTILLED, FLOOR + DISTILLED), (first,), scale, BY_DEFAULT
+            Job(EARLY_FLOOR + DISTILLED, first, one, few, training=QUARTER),
+            *(
+                Job(name, budget, one, few, training=QUARTER)
+                for budget in rest
+                for name in STEPS_DISTILLED
             ),
         ],
-        [*with_all_seeds((TWO_BINS,), (first,), scale), *inpainting(scale)],
+        with_all_seeds(
+            ("ours" + DISTILLED, "uniform (Mixture-of-Depths)" + DISTILLED),
+            (first,),
+            scale,
+            BY_DEFAULT,
+        ),
+        inpainting(scale),
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
-        with_all_seeds(OTHERS, rest[1:], scale),
+        [
+            Job(name, budget, one, few, training=FULL if name in UNTRAINED else QUARTER)
+            for budget in rest[1:]
+            for name in OTHERS
+        ],
     ]
     seen: set[Job] = set()
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
@@ -101,10 +118,19 @@ def with_all_seeds(
 
 
 def inpainting(scale: Scale) -> list[Job]:
-    """The second task: the first budget, one seed."""
+    """The second task: the first budget, one seed, and what is trained has the short training."""
     shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), scale.budgets[0])
-    one = scale.seeds[0]
-    return [Job(name, share, one, scale.few, "inpainting") for name, share in shares.items()]
+    return [
+        Job(
+            name,
+            share,
+            scale.seeds[0],
+            scale.few,
+            "inpainting",
+            FULL if name in UNTRAINED else QUARTER,
+        )
+        for name, share in shares.items()
+    ]
 
 
 def run(case: Case) -> dict[str, Any]:

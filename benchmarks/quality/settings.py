@@ -34,6 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
 FROM_ERRORS = {"calibration": {"ratios": "errors", "resolves": 1}}
 # Blocks either keep all tokens or are left out, per timestep bucket, over measured errors.
 WHOLE_BLOCKS = {"routing": {"multiple_of": 256, "skip_blocks": True}, **FROM_ERRORS}
+TWO_BINS = "ours, two bins"
 ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {},
     "ratios from measured errors": FROM_ERRORS,
@@ -41,7 +42,7 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
         "routing": {"skip_blocks": False},
         "calibration": {"ratios": "uniform"},
     },
-    "ours, two bins": {"calibration": {"estimator": "two_bin"}},
+    TWO_BINS: {"calibration": {"estimator": "two_bin"}},
     "random router": {"routing": {"router": "random"}},
     "blocks dropped": WHOLE_BLOCKS,
     "ours, a fifth of the steps": {},
@@ -61,6 +62,7 @@ ROUTED |= {
     name + DISTILLED: ROUTED[name]
     for name in (
         "ours",
+        TWO_BINS,
         "uniform (Mixture-of-Depths)",
         "blocks dropped",
         "random router",
@@ -71,7 +73,7 @@ ROUTED |= {
     )
 }
 # Other settings of ours, at the first budget only.
-OTHER_SETTINGS = tuple(name + DISTILLED for name in (EARLY, FLOOR, EARLY_FLOOR))
+OTHER_SETTINGS = tuple(name + DISTILLED for name in (TWO_BINS, EARLY, FLOOR, EARLY_FLOOR))
 # Share of the training steps that all others have.
 STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
 # These are the same however long the others are trained.

@@ -308,6 +308,8 @@ def test_changed_file_leaves_with_7(
         (("compile", "diffusers:/nowhere"), "--inputs"),
         (("compile", "demo", "--set", "calibration.stepz=3"), "stepz"),
         (("compile", "demo", "--set", "calibration.steps"), "key=value"),
+        (("compile", "demo", "--steps", "3", "--set", "calibration.steps=4"), "given twice"),
+        (("calibrate", "demo", "--steps", "-1"), "calibration.steps"),
         (("compile", "demo", "--budget", "lots"), "budget must be like"),
         (("report", "/nowhere"), "does not exist"),
         (("demo", "--no-such-option"), "No such option"),
@@ -320,6 +322,30 @@ def test_usage_errors_leave_with_2(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("verb", ["compile", "calibrate", "demo"])
+def test_steps_is_a_setting(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``--steps 0 --set x=y`` is ``--set x=y --set calibration.steps=0``."""
+    from diffcr_compile.commands import compile as compile_verb
+    from diffcr_compile.commands import demo, stages
+
+    seen: list[Any] = []
+
+    def made(
+        model: str, out: Path, config: Any, set_: list[str], *rest: Any, **more: Any
+    ) -> Any:
+        seen.append(set_)
+        raise KeyboardInterrupt
+
+    for module in (compile_verb, demo, stages):
+        monkeypatch.setattr(module, "make_job", made)
+    model = [] if verb == "demo" else ["python:tests.test_cli:tiny"]
+    arguments = (*model, "-o", str(tmp_path), "--steps", "0", "--set", "routing.buckets=2")
+    assert run(monkeypatch, verb, *arguments) == 130
+    assert seen == [["routing.buckets=2", "calibration.steps=0"]]
 
 
 def test_missing_artifact_leaves_with_7(monkeypatch: Any, tmp_path: Path) -> None:

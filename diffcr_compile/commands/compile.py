@@ -17,6 +17,8 @@ from diffcr_compile.commands.options import (
     Out,
     PipelineFile,
     Settings,
+    Steps,
+    with_steps,
 )
 from diffcr_compile.commands.outcome import print_report
 
@@ -25,6 +27,7 @@ EXAMPLES = (
     "diffusers:pixart/ --pipeline-inputs call.yaml -o out --set export.cfg=batched",
     "diffusers:pixart/transformer --inputs inputs.safetensors -c diffcr.yaml",
     "diffusers:pixart/ --pipeline-inputs call_768.yaml -o out_768 --learned-from out_512",
+    "python:my_model:make -o out --steps 0 --set routing.shortcut_rank=16",
     "-c diffcr.yaml -o out",
 )
 STAGES = "capture, route, rollouts, calibrate, freeze, export, baseline, benchmark, report"
@@ -39,6 +42,7 @@ def compile_(
     model: OptionalModel = None,
     out: Out = Path("out"),
     budget: Budget = None,
+    steps: Steps = None,
     config: Config = None,
     set_: Settings = None,
     inputs: Inputs = None,
@@ -47,6 +51,7 @@ def compile_(
     dry_run: DryRun = False,
 ) -> None:
     """Compile a model: capture, route, calibrate, freeze, export, validate, benchmark, report."""
+    set_ = with_steps(set_, steps)
     job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs, learned_from)
     if job.source == "demo" and job.config.run.learned_from is None:
         run_demo(

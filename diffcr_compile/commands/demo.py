@@ -9,7 +9,15 @@ import typer
 
 from diffcr_compile.commands.app import App
 from diffcr_compile.commands.job import make_job
-from diffcr_compile.commands.options import Budget, Config, DryRun, Out, Settings
+from diffcr_compile.commands.options import (
+    Budget,
+    Config,
+    DryRun,
+    Out,
+    Settings,
+    Steps,
+    with_steps,
+)
 from diffcr_compile.commands.outcome import print_report
 
 STAGES = (
@@ -20,19 +28,20 @@ SAMPLES = 400
 
 def register(app: App) -> None:
     """Add the verb."""
-    app.verb("demo", ("-o out", "-o out --budget 50% --set calibration.steps=400"))(demo)
+    app.verb("demo", ("-o out", "-o out --budget 50% --steps 400"))(demo)
 
 
 def demo(
     out: Out = Path("out"),
     budget: Budget = None,
+    steps: Steps = None,
     config: Config = None,
     set_: Settings = None,
     samples: Annotated[int, typer.Option(help="images for the quality metric")] = SAMPLES,
     dry_run: DryRun = False,
 ) -> None:
     """Compile the reference DiT that ships with the package: the whole job, on real input."""
-    run_demo(out, budget, config, set_, samples, dry_run)
+    run_demo(out, budget, config, with_steps(set_, steps), samples, dry_run)
 
 
 def run_demo(

@@ -22,6 +22,12 @@ Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file w
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="one setting, such as calibration.steps=200")
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="training steps (calibration.steps); 0: no training", show_default=False
+    ),
+]
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 DryRun = Annotated[
@@ -61,6 +67,23 @@ LearnedFrom = Annotated[
         "instead of a calibration"
     ),
 ]
+
+
+def with_steps(assignments: list[str] | None, steps: int | None) -> list[str] | None:
+    """``--steps`` as one more ``--set``.
+
+    Raises:
+        UsageError: it is given both ways.
+    """
+    if steps is None:
+        return assignments
+    given = assignments or []
+    if any(text.partition("=")[0] == "calibration.steps" for text in given):
+        raise UsageError(
+            f"the training steps are given twice, as --steps {steps} and by --set calibration.steps; leave one out",
+            code="DCR-U010",
+        )
+    return [*given, f"calibration.steps={steps}"]
 
 
 def settings(

@@ -16,6 +16,8 @@ from diffcr_compile.commands.options import (
     Out,
     PipelineFile,
     Settings,
+    Steps,
+    with_steps,
 )
 from diffcr_compile.commands.schedule_table import print_schedule
 
@@ -33,6 +35,7 @@ def calibrate(
     model: OptionalModel = None,
     out: Out = Path("out"),
     budget: Budget = None,
+    steps: Steps = None,
     config: Config = None,
     set_: Settings = None,
     inputs: Inputs = None,
@@ -40,6 +43,7 @@ def calibrate(
     dry_run: DryRun = False,
 ) -> None:
     """Learn routers and keep ratios under a budget. Interrupted, the same command goes on."""
+    set_ = with_steps(set_, steps)
     job = make_job(model, out, config, set_, budget, inputs, pipeline_inputs)
     if dry_run:
         job.announce("capture, route, rollouts, calibrate", until="calibrate")

@@ -24,7 +24,14 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.graph_edit import block_node
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
-from diffcr_compile.program import DiTGraph, Program, Stage, selector_name, tensor_args
+from diffcr_compile.program import (
+    DiTGraph,
+    Program,
+    Stage,
+    selector_name,
+    shortcut_name,
+    tensor_args,
+)
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
 from diffcr_compile.signature import CallCodeGen, CallSignature
 
@@ -89,7 +96,8 @@ def fingerprint_of(routed: Program, groups: Sequence[BlockGroup]) -> str:
 def structure(program: Program) -> str:
     """Equal for two blocks alone that run the same layers on the same shapes."""
     (spec,) = program.blocks
-    prefixes = (f"{spec.name}.", f"{selector_name(spec.name)}.")
+    own = (spec.name, selector_name(spec.name), shortcut_name(spec.name))
+    prefixes = tuple(f"{name}." for name in own)
     parameters = [
         (next((n.removeprefix(p) for p in prefixes if n.startswith(p)), n), kind, shape)
         for n, kind, shape in _parameters(program.module)
@@ -165,8 +173,8 @@ def _program(
         _keywords(example), {name: (name,) for name in example}, (), out_spec
     )
     graph.set_codegen(CallCodeGen(signature))
-    targets = [spec.name, selector_name(spec.name)]
-    root = {target: routed.module.get_submodule(target) for target in targets}
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    root = {target: routed.module.get_submodule(target) for target in sorted(targets)}
     module = DiTGraph(root, graph, class_name="DiTGraph").train(routed.module.training)
     return dataclasses.replace(
         routed,
@@ -199,7 +207,8 @@ def _unit(graph: fx.Graph, spec: BlockSpec) -> list[fx.Node]:
             unit.add(node)
         if scatters and isinstance(node.args[0], fx.Node):
             base = node.args[0]
-            unit |= {base} if base.target is routing.nothing_added else set()
+            made_here = (routing.nothing_added, shortcut_name(spec.name))
+            unit |= {base} if base.target in made_here else set()
     return [node for node in graph.nodes if node in unit]
 
 

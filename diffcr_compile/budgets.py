@@ -7,6 +7,7 @@ from typing import Any
 
 from diffcr_compile.block_graphs import block_groups, fingerprint_of
 from diffcr_compile.config import BudgetConfig, CompileConfig, RoutingConfig
+from diffcr_compile.errors import UsageError
 from diffcr_compile.latency_table import LatencyTable, latency_costs, read_latency_table
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program
@@ -21,6 +22,7 @@ def cost_table(program: Program, config: RoutingConfig) -> CostTable:
         config.min_keep_ratio,
         config.max_keep_ratio,
         skip_blocks=config.skip_blocks,
+        shortcut_rank=config.shortcut_rank,
     )
 
 
@@ -28,13 +30,20 @@ def budget_costs(program: Program, config: CompileConfig) -> CostTable:
     """What the budget counts: MACs, or milliseconds from the latency table.
 
     Raises:
-        UsageError: the table is of another model, lacks a level, or was not stable.
+        UsageError: the table is of another model, lacks a level, was not stable, or blocks may be skipped that have
+            shortcuts.
         ArtifactError: the table was changed.
     """
     counted = cost_table(program, config.routing)
     table = read_table(config.budget)
     if table is None:
         return counted
+    if config.routing.skip_blocks and program.module.shortcuts:
+        raise UsageError(
+            "the latency table does not serve here: a skipped block still takes its shortcut, and tables do not say how "
+            "long that takes. Set routing.skip_blocks: false, routing.shortcut_rank: 0, or a budget of MACs",
+            code="DCR-U061",
+        )
     fingerprint = fingerprint_of(program, block_groups(program, counted.levels))
     return latency_costs(table, counted.levels, fingerprint, config.budget.fit)
 

@@ -15,7 +15,7 @@ from diffcr_compile.calibrate.pipelines import PipelineRuns
 from diffcr_compile.calibrate.samplers import Sampler, sampler_identity
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.opened import shapes, weights_hash
-from diffcr_compile.program import Program
+from diffcr_compile.program import Program, is_routing_weight
 from diffcr_compile.tensor_bytes import tensor_bytes
 from diffcr_compile.workspace import fingerprint
 
@@ -25,7 +25,6 @@ NO_EFFECT = {
     "rollouts": {"max_gib"},
     "budget": {"table"},  # what the table says counts, not its place: see budget_identity
 }
-ROUTER = "_select.router."  # in the names of routers' parameters
 
 
 def calibration_settings(config: CompileConfig) -> dict[str, Any]:
@@ -71,8 +70,8 @@ def keys_in_a_folder(
         key: the user's own part of the key.
     """
     made_of = [shapes(dict(program.example)), [spec.name for spec in program.blocks]]
-    weights = weights_hash(program.module, lambda name: ROUTER not in name)
-    routers = weights_hash(program.module, lambda name: ROUTER in name)
+    weights = weights_hash(program.module, lambda name: not is_routing_weight(program, name))
+    routers = weights_hash(program.module, lambda name: is_routing_weight(program, name))
     rollouts = fingerprint(key, weights, made_of, states)
     settings = [share, calibration_settings(config), budget_identity(config.budget)]
     return rollouts, fingerprint(rollouts, routers, program.gate, settings)

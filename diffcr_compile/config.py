@@ -34,6 +34,12 @@ class RoutingConfig(_Section):
         default="linear",
         description="'random' is the control: every token is as likely as any other",
     )
+    shortcut_rank: int = Field(
+        default=0,
+        ge=0,
+        description="tokens that bypass a block take a linear map of this rank instead, fitted and trained with the "
+        "routers; 0: they stay what they are",
+    )
     granularity: Literal["auto", "block", "mlp"] = Field(
         default="auto",
         description="what is routed: whole blocks; their token-wise parts, such as feed-forwards; "

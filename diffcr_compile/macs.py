@@ -1,4 +1,4 @@
-"""What a schedule costs, counted on the real graph: linear layers, QK and AV products, routers.
+"""What a schedule costs, counted on the real graph: linear layers, QK and AV products, routers, shortcuts.
 
 A MAC is one multiply-add of a matrix product or convolution; element-wise work is not counted,
 as usual. Gathers and scatters have no MACs, so the bytes they move are reported beside them.
@@ -6,7 +6,7 @@ as usual. Gathers and scatters have no MACs, so the bytes they move are reported
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 from diffcr_compile.dynamo_state import forgotten_failures
 from diffcr_compile.errors import UnsupportedModelError
 from diffcr_compile.kept_caches import kept_caches
-from diffcr_compile.program import Program, selector_name, tensor_args
+from diffcr_compile.program import Program, Stage, selector_name, shortcut_name, tensor_args
 from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
 
@@ -71,6 +71,7 @@ def measure_costs(
     max_keep_ratio: float = 1.0,
     *,
     skip_blocks: bool = False,
+    shortcut_rank: int = 0,
     mode: FakeTensorMode | None = None,
 ) -> CostTable:
     """Count the MACs of every block at every allowed number of kept tokens, on fake tensors.
@@ -81,6 +82,7 @@ def measure_costs(
         min_keep_ratio: smallest keep ratio of a block, in (0, 1].
         max_keep_ratio: largest keep ratio below 1.0.
         skip_blocks: blocks that can be removed may also keep no token at all.
+        shortcut_rank: of the shortcuts that a CAPTURED program is going to have; a ROUTED one has its own.
         mode: the mode of the program's tensors if they are fake already.
 
     Raises:
@@ -90,7 +92,8 @@ def measure_costs(
         program, multiple_of, min_keep_ratio, max_keep_ratio, skip_blocks=skip_blocks
     )
     counter = flop_counter()
-    interpreter = _BlockCounter(program, levels, counter)
+    shortcuts = _shortcut_macs(program, shortcut_rank)
+    interpreter = _BlockCounter(program, levels, counter, shortcuts)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with (
@@ -116,11 +119,16 @@ def measure_costs(
             for name, macs in interpreter.flops.items()
         },
         routing={
-            spec.name: tuple(_router_macs(spec, k) for k in levels[spec.name])
+            spec.name: tuple(
+                _routing_macs(spec, k, shortcuts[spec.name]) for k in levels[spec.name]
+            )
             for spec in program.blocks
         },
         moved_bytes={
-            spec.name: tuple(_moved_bytes(spec, k) for k in levels[spec.name])
+            spec.name: tuple(
+                _moved_bytes(spec, k, has_shortcut=shortcuts[spec.name] > 0)
+                for k in levels[spec.name]
+            )
             for spec in program.blocks
         },
         outer=outer,
@@ -155,28 +163,49 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-def _router_macs(spec: BlockSpec, kept_tokens: int) -> float:
-    """One dot product of `width` per token, unless all or none are kept and no router is left."""
-    return float(spec.num_tokens * spec.width) if _is_routed(spec, kept_tokens) else 0.0
+def _routing_macs(spec: BlockSpec, kept_tokens: int, shortcut_macs: int) -> float:
+    """Of the router, one dot product per token, and of the shortcut. Where all tokens are kept neither is left.
+
+    A block that is skipped has no router, but its shortcut stays.
+    """
+    per_token = spec.width if _is_routed(spec, kept_tokens) else 0
+    if kept_tokens < spec.num_tokens:
+        per_token += shortcut_macs
+    return float(spec.num_tokens * per_token)
+
+
+def _shortcut_macs(program: Program, shortcut_rank: int) -> dict[str, int]:
+    """Of the shortcut of each block, for one token."""
+    made = program.module.shortcuts
+    planned = shortcut_rank if program.stage == Stage.CAPTURED else 0
+    return {
+        spec.name: made[spec.name].macs_per_token
+        if spec.name in made
+        else 2 * planned * spec.width
+        for spec in program.blocks
+    }
 
 
 def _is_routed(spec: BlockSpec, kept_tokens: int) -> bool:
     return 0 < kept_tokens < spec.num_tokens
 
 
-def moved_rows(spec: BlockSpec, kept_tokens: int) -> int:
+def moved_rows(spec: BlockSpec, kept_tokens: int, *, has_shortcut: bool = False) -> int:
     """Rows of the stream that are read and written to route a block.
 
-    The gather reads and writes K rows; the scatter copies the stream and overwrites K rows of it.
+    The gather reads and writes K rows; the scatter copies the stream and overwrites K rows of it. A shortcut reads and
+    writes the whole stream once more.
     """
-    return 2 * kept_tokens + 2 * spec.num_tokens + 2 * kept_tokens
+    return 4 * kept_tokens + (4 if has_shortcut else 2) * spec.num_tokens
 
 
-def _moved_bytes(spec: BlockSpec, kept_tokens: int) -> float:
-    """Of the stream alone, in fp32."""
-    if not _is_routed(spec, kept_tokens):
-        return 0.0
-    return 4.0 * spec.width * moved_rows(spec, kept_tokens)
+def _moved_bytes(spec: BlockSpec, kept_tokens: int, *, has_shortcut: bool) -> float:
+    """Of the stream alone, in fp32. Of a skipped block its shortcut is left."""
+    if _is_routed(spec, kept_tokens):
+        rows = moved_rows(spec, kept_tokens, has_shortcut=has_shortcut)
+    else:
+        rows = 2 * spec.num_tokens if has_shortcut and kept_tokens == 0 else 0
+    return 4.0 * spec.width * rows
 
 
 def _structure(block: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -193,11 +222,17 @@ class _BlockCounter(fx.Interpreter):
     """Runs the graph with all tokens kept, and each block at each of its levels on the side."""
 
     def __init__(
-        self, program: Program, levels: Mapping[str, Sequence[int]], counter: FlopCounterMode
+        self,
+        program: Program,
+        levels: Mapping[str, Sequence[int]],
+        counter: FlopCounterMode,
+        shortcut_macs: Mapping[str, int],
     ) -> None:
         super().__init__(program.module)
         self.specs = {spec.name: spec for spec in program.blocks}
         self.selectors = {selector_name(name) for name in self.specs}
+        self.shortcuts = {shortcut_name(name) for name in self.specs}
+        self.shortcut_macs = shortcut_macs
         self.levels = levels
         self.counter = counter
         self.flops: dict[str, list[float]] = {}
@@ -207,6 +242,8 @@ class _BlockCounter(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.selectors:
             return Selection(None, None)
+        if target in self.shortcuts:  # all tokens are kept, so nobody reads it
+            return args[0]
         if target not in self.specs:
             return super().call_module(target, args, kwargs)
         before = self.counter.get_total_flops()
@@ -224,28 +261,22 @@ class _BlockCounter(fx.Interpreter):
         return result
 
     def _at_levels(self, spec: BlockSpec, args: Any, kwargs: Any) -> list[float]:
-        """FLOPs of block and router at every level.
+        """FLOPs of block, router and shortcut at every level.
 
         Linear layers cost a * K and attention b * K^2, so three counts give all levels; a fourth
         checks that, and a block that costs otherwise is counted level by level.
         """
-        every = self.levels[spec.name]
-        levels = [kept for kept in every if kept > 0]
-        skipped = [0.0] * (len(every) - len(levels))
+        levels = self.levels[spec.name]
+        running = [kept for kept in levels if kept > 0]
         batch = int(get_leaf((args, kwargs), spec.stream.path).shape[0])
 
         def count(kept: int) -> float:
             return self._block_flops(spec, args, kwargs, kept)
 
-        routers = [2 * batch * _router_macs(spec, kept) for kept in levels]
-        if len(levels) > 4:
-            points = [levels[0], levels[len(levels) // 2], levels[-1]]
-            curve = np.polynomial.Polynomial.fit(points, [count(k) for k in points], 2)
-            check = levels[1]
-            if abs(float(curve(check)) - count(check)) <= 1e-6 * count(check):
-                fitted = [round(float(curve(kept))) for kept in levels]
-                return skipped + [a + b for a, b in zip(fitted, routers, strict=True)]
-        return skipped + [count(k) + router for k, router in zip(levels, routers, strict=True)]
+        blocks = [0.0] * (len(levels) - len(running)) + _at_each(running, count)
+        shortcut = self.shortcut_macs[spec.name]
+        around = [2 * batch * _routing_macs(spec, kept, shortcut) for kept in levels]
+        return [block + routing for block, routing in zip(blocks, around, strict=True)]
 
     def _block_flops(self, spec: BlockSpec, args: Any, kwargs: Any, kept: int) -> float:
         stream: Tensor = get_leaf((args, kwargs), spec.stream.path)
@@ -256,3 +287,14 @@ class _BlockCounter(fx.Interpreter):
         before = self.counter.get_total_flops()
         super().call_module(spec.name, cut_args, cut_kwargs)
         return float(self.counter.get_total_flops() - before)
+
+
+def _at_each(levels: Sequence[int], count: Callable[[int], float]) -> list[float]:
+    """``count`` of every level, from four of them where these lie on a parabola."""
+    if len(levels) > 4:
+        points = [levels[0], levels[len(levels) // 2], levels[-1]]
+        curve = np.polynomial.Polynomial.fit(points, [count(k) for k in points], 2)
+        check = levels[1]
+        if abs(float(curve(check)) - count(check)) <= 1e-6 * count(check):
+            return [float(round(float(curve(kept)))) for kept in levels]
+    return [count(kept) for kept in levels]

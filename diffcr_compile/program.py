@@ -18,6 +18,7 @@ from diffcr_compile.origin import Origin
 from diffcr_compile.outputs import put_together, take_apart
 from diffcr_compile.routing import Gate, TokenSelector
 from diffcr_compile.schedule import TokenSchedule
+from diffcr_compile.shortcut import LinearShortcut
 from diffcr_compile.signature import CallSignature, keyword_call, same_constant
 
 
@@ -47,6 +48,17 @@ class DiTGraph(fx.GraphModule):
             for name in (f"{selector_name(spec.name)}.router", router_name(spec.name)):
                 if _has_submodule(self, name):
                     found[spec.name] = self.get_submodule(name)
+        return found
+
+    @property
+    def shortcuts(self) -> dict[str, LinearShortcut]:
+        """Shortcut of each routed block that has one, by block name in running order."""
+        found = {}
+        for spec in self.program.blocks:
+            if _has_submodule(self, shortcut_name(spec.name)):
+                shortcut = self.get_submodule(shortcut_name(spec.name))
+                assert isinstance(shortcut, LinearShortcut)
+                found[spec.name] = shortcut
         return found
 
     @property
@@ -265,6 +277,19 @@ def identifier(block: str) -> str:
 
 def selector_name(block: str) -> str:
     return f"{identifier(block)}_select"
+
+
+def shortcut_name(block: str) -> str:
+    return f"{identifier(block)}_shortcut"
+
+
+def is_routing_weight(program: Program, name: str) -> bool:
+    """Whether a weight of a ROUTED program is a router's or a shortcut's, and not the model's."""
+    own = (
+        (f"{selector_name(b.name)}.router.", f"{shortcut_name(b.name)}.")
+        for b in program.blocks
+    )
+    return name.startswith(tuple(prefix for pair in own for prefix in pair))
 
 
 def router_name(block: str) -> str:

@@ -25,7 +25,7 @@ from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.freeze_kept_tokens import FreezeKeptTokens
 from diffcr_compile.passes.remove_full_blocks import RemoveFullBlocks
-from diffcr_compile.program import DiTGraph, Program, rebuild_call, run_flat
+from diffcr_compile.program import DiTGraph, Program, is_routing_weight, rebuild_call, run_flat
 from diffcr_compile.recipe import FIXED_FILE, Recipe, read_recipe
 from diffcr_compile.schedule import TokenSchedule
 from diffcr_compile.signature import CallSignature
@@ -122,7 +122,7 @@ def put_learned(path: Path, routed: Program) -> dict[str, Tensor]:
         UsageError: the program has no such weight.
     """
     learned = load_file(path)
-    if any("_select.router." not in name for name in learned):
+    if not all(is_routing_weight(routed, name) for name in learned):
         own_weights(routed.module)
     parameters = dict(routed.module.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -22,7 +22,6 @@ from diffcr_compile.calibrate.loop import CalibrationResult
 from diffcr_compile.calibrate.lora import adapted_layers
 from diffcr_compile.calibrate.samplers import Sampler, sampler_identity
 from diffcr_compile.calibrate.trained import own_weights
-from diffcr_compile.calibration_keys import ROUTER
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.drift import trajectory_drift
 from diffcr_compile.durable import (
@@ -35,7 +34,7 @@ from diffcr_compile.guidance import Guidance
 from diffcr_compile.importance import token_importance
 from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
 from diffcr_compile.planning.targets import find_targets
-from diffcr_compile.program import Program
+from diffcr_compile.program import Program, is_routing_weight
 from diffcr_compile.runtime import load
 from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import CostTable, KeepRatios, TokenSchedule
@@ -242,7 +241,7 @@ def _trained_tensors(routed: Program, config: CompileConfig) -> dict[str, Tensor
     return {
         name: p
         for name, p in routed.module.named_parameters()
-        if train == "all" or name in merged or ROUTER in name
+        if train == "all" or name in merged or is_routing_weight(routed, name)
     }
 
 

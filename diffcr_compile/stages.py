@@ -94,7 +94,7 @@ def _capture(
 def routed_program(captured: Program, config: RoutingConfig, seed: int) -> Program:
     passes = [
         FuseBlockSpans(config.share_index),
-        InsertTokenRouters(config.gate, config.router, seed),
+        InsertTokenRouters(config.gate, config.router, seed, config.shortcut_rank),
     ]
     return run_passes(captured, passes)
 

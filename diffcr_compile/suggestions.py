@@ -21,7 +21,7 @@ from diffcr_compile.calibrate.data import Conditions, TeacherStates, batched_inp
 from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
 from diffcr_compile.calibrate.run import WARM_START_STATES
 from diffcr_compile.calibrate.samplers import Sampler
-from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.calibrate.warm_start import warm_start
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.errors import UsageError
 from diffcr_compile.opened import ExampleInputs, PipelineInputs, open_model
@@ -220,7 +220,7 @@ def compare_budgets(
     states = states.where(program)
     seen, unseen = split_states(states.by_bucket(buckets), batch, seed)
     warm = torch.cat([rows[: max(1, WARM_START_STATES // len(seen))] for rows in seen])
-    warm_start_routers(program, states, warm, batch)
+    warm_start(program, states, warm, batch)
     errors = measure_errors(program, states, seen, costs)
     weighed = relative_errors(errors, costs)
     options = []

@@ -16,11 +16,12 @@ from diffcr_compile.passes.base import Pass, PassResult
 from diffcr_compile.passes.graph_edit import (
     block_node,
     gather_arguments,
+    gather_bypassed,
     output_node,
     replace_uses,
     set_arguments,
 )
-from diffcr_compile.program import Program, Stage, selector_name
+from diffcr_compile.program import Program, Stage, selector_name, shortcut_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
         low_block = _ungathered_copy(graph, block)
         kept = gather_arguments(graph, low_block, spec, low_index, suffix="_low")
         set_arguments(low_block, kept)
+        low_kept = _rows_of_bypassed(graph, scatter, low_index, kept[spec.stream.path], spec)
         kept_nodes = list(kept.values())
         for node in kept_nodes:
             low_block.prepend(node)
@@ -77,7 +79,7 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
             (
                 scatter.args[0],
                 low_index,
-                kept[spec.stream.path] if spec.bypass == "stream" else None,
+                low_kept,
                 low_image,
                 low_gate,
                 *scatter.args[5:],
@@ -88,6 +90,18 @@ def _add_low_branch(graph: fx.Graph, spec: BlockSpec) -> None:
             if other is not image and other.users:
                 low_other = graph.call_function(operator.getitem, (low_block, other.args[1]))
                 _blend(graph, low_other, other, blend)
+
+
+def _rows_of_bypassed(
+    graph: fx.Graph, scatter: fx.Node, low_index: fx.Node, kept: fx.Node, spec: BlockSpec
+) -> fx.Node | None:
+    """Of the smaller bin, what :func:`scatter_tokens` calls `kept`."""
+    base, base_kept = scatter.args[0], scatter.args[2]
+    assert isinstance(base, fx.Node)
+    if base_kept is None:
+        return None
+    has_shortcut = base.op == "call_module" and base.target == shortcut_name(spec.name)
+    return gather_bypassed(graph, base, low_index, spec) if has_shortcut else kept
 
 
 def _ungathered_copy(graph: fx.Graph, block: fx.Node) -> fx.Node:

@@ -78,6 +78,16 @@ def gather_arguments(
     return kept
 
 
+def gather_bypassed(
+    graph: fx.Graph, bypassed: fx.Node, index: fx.Node, spec: BlockSpec
+) -> fx.Node:
+    """Insert a gather of what kept tokens would be had they bypassed the block, which a gate weighs the block against."""
+    return graph.call_function(
+        routing.gather_tokens,
+        (bypassed, index, 1, spec.stream.start, spec.num_tokens, True),
+    )
+
+
 def gather_args(
     source: fx.Node, index: fx.Node, leaf: TokenAxis, spec: BlockSpec
 ) -> tuple[fx.Node, fx.Node, int, int, int, bool]:

@@ -58,6 +58,7 @@ def slowly_routed(
     shape: Shape,
     gate: str = "straight_through",
     leaders: Mapping[str, str] | None = None,
+    shortcuts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[nn.Module]:
     """Make `model` process only the K best tokens of each block while the context lasts.
 
@@ -68,6 +69,7 @@ def slowly_routed(
         shape: where the blocks have their tokens.
         gate: ``straight_through`` or ``paper`` (the residual times the sigmoid of the score).
         leaders: block name -> the earlier block whose choice of tokens it takes over.
+        shortcuts: block name -> matrix A (C, C) and b (C,): a bypassed token x becomes x + A x + b.
     """
     chosen: dict[str, list[Tensor]] = {}
     wrapped = []
@@ -78,7 +80,14 @@ def slowly_routed(
             mine = chosen.setdefault(leader, [])
             follows = leader != name
             block.forward = _slow_forward(
-                block.forward, weights[leader], kept, shape, gate, mine, follows
+                block.forward,
+                weights[leader],
+                kept,
+                shape,
+                gate,
+                mine,
+                follows,
+                (shortcuts or {}).get(name),
             )
             wrapped.append(block)
         yield model
@@ -95,11 +104,13 @@ def _slow_forward(
     gate: str,
     chosen: list[Tensor],
     follows: bool,
+    shortcut: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         stream = args[shape.stream] if isinstance(shape.stream, int) else kwargs[shape.stream]
+        bypassed = torch.stack([_bypassed(sample, shape, shortcut) for sample in stream])
         if kept == 0:
-            return stream
+            return bypassed
         last = shape.first + shape.num_tokens
         scores = [sample[shape.first : last].float() @ weight for sample in stream]
         images, others = [], []
@@ -114,7 +125,7 @@ def _slow_forward(
                 *_cut(args, number, best, shape), **_cut(kwargs, number, best, shape)
             )
             image = result if shape.output is None else result[shape.output]
-            images.append(_put_back(stream[number], image[0], best, score, shape, gate))
+            images.append(_put_back(bypassed[number], image[0], best, score, shape, gate))
             others.append(result)
         if shape.output is None:
             return torch.stack(images)
@@ -147,6 +158,16 @@ def _cut(arguments: Any, number: int, best: Tensor, shape: Shape) -> Any:
             value = tuple(table[rows] for table in value)
         made[key] = value
     return made if isinstance(arguments, dict) else tuple(made.values())
+
+
+def _bypassed(stream: Tensor, shape: Shape, shortcut: tuple[Tensor, Tensor] | None) -> Tensor:
+    """One sample (L, C) of which every image token bypasses the block."""
+    result = stream.clone()
+    if shortcut is not None:
+        matrix, offset = shortcut
+        for token in range(shape.first, shape.first + shape.num_tokens):
+            result[token] = stream[token] + matrix @ stream[token] + offset
+    return result
 
 
 def _put_back(

@@ -30,7 +30,7 @@ from diffcr_compile.calibrate.loop import run_calibration
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.samplers import FlowEuler, SchedulerSampler
 from diffcr_compile.calibrate.trained import TrainedParameters
-from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.calibrate.warm_start import warm_start
 from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
 from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
 from diffcr_compile.macs import measure_costs
@@ -513,7 +513,7 @@ def test_warm_start_is_the_ridge_regression(states: TeacherStates) -> None:
     """Against numpy's least squares on rows collected by hand."""
     program = fresh()
     chosen = torch.arange(8)
-    explained = warm_start_routers(program, states, chosen, batch=4)
+    explained = warm_start(program, states, chosen, batch=4)
     rows, sizes = [], []
     block = program.module.get_submodule("transformer_blocks.1")
 

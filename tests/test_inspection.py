@@ -326,7 +326,7 @@ def test_roles_of_every_argument() -> None:
 
 def test_estimates_are_those_of_the_formula() -> None:
     sizes = ModelSizes(
-        weights=1000, routers=10, blocks=2, inputs=0, inputs_per_sample=30,
+        weights=1000, routing=10, width=3, blocks=2, inputs=0, inputs_per_sample=30,
         outputs_per_sample=20, forward=700, batch=3,
     )  # fmt: skip
     config = make_config(
@@ -350,7 +350,7 @@ def test_estimates_are_those_of_the_formula() -> None:
 def test_the_estimate_of_adapters_follows_their_rank() -> None:
     """One layer of 64 by 64 weights, routed with one router of 64."""
     sizes = ModelSizes(
-        weights=4 * 64 * 64, routers=4 * 64, blocks=1, inputs=0, inputs_per_sample=0,
+        weights=4 * 64 * 64, routing=4 * 64, width=64, blocks=1, inputs=0, inputs_per_sample=0,
         outputs_per_sample=0, forward=0, batch=1,
     )  # fmt: skip
     config = make_config({"calibration": {"train": "lora", "lora_rank": 4}})
@@ -470,6 +470,54 @@ def test_bfloat16_that_a_cpu_does_not_multiply_is_said_before_the_training(
     assert "bfloat16 instructions" not in lines("bf16", False, {"cuda"})
     assert "bfloat16 instructions" not in lines("fp32", False, {"cpu"})
     assert "bfloat16 instructions" not in lines("bf16", False, {"cpu"}, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"calibration": {"steps": 0}}, True),
+        ({"calibration": {"train": "router"}}, True),
+        ({"calibration": {"train": "all"}}, False),
+        ({"calibration": {"train": "router"}, "routing": {"shortcut_rank": 4}}, False),
+    ],
+)
+def test_where_no_weight_learns_shortcuts_are_recommended(
+    dit_plan: Plan, settings: dict[str, Any], said: bool
+) -> None:
+    lines = "\n".join(advise(dit_plan, {"float32"}, make_config(settings)))
+    assert ("routing.shortcut_rank=16" in lines) == said
+
+
+def test_a_plan_counts_the_shortcuts_that_are_asked_for() -> None:
+    """Smallest budget, break-even and memory, against the plan without."""
+    model, inputs = models.tiny_dit()
+    plain, other = (
+        dcr.inspect(model, inputs, config={"shortcut_rank": rank}) for rank in (0, 4)
+    )
+    blocks = [block.spec for block in plain.details]
+    more = sum(2 * 4 * spec.width * spec.num_tokens for spec in blocks)
+    assert plain.costs is not None
+    assert other.costs is not None
+    assert plain.smallest_budget is not None
+    assert other.smallest_budget is not None
+    gap = (other.smallest_budget - plain.smallest_budget) * plain.costs.dense
+    assert gap == pytest.approx(more)
+    assert plain.estimates is not None
+    assert other.estimates is not None
+    numbers = sum(
+        9 * spec.width for spec in blocks
+    )  # 2 * 4 * C in the matrices, C in the offset
+    assert other.estimates.artifact - plain.estimates.artifact == 4 * numbers
+    for one, two in zip(plain.details, other.details, strict=True):
+        assert one.overhead is not None
+        assert two.overhead is not None
+        spec = one.spec
+        assert two.overhead.router_macs - one.overhead.router_macs == (
+            8 * spec.width * spec.num_tokens
+        )
+        assert two.overhead.break_even_macs is not None
+        assert one.overhead.break_even_macs is not None
+        assert two.overhead.break_even_macs < one.overhead.break_even_macs
 
 
 # ------------------------------------------------------------------ JSON, text, command line

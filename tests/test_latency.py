@@ -20,6 +20,8 @@ from diffcr_compile.config import RoutingConfig, make_config
 from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
 from diffcr_compile.latency_bench import measure_latency, write_kit
 from diffcr_compile.latency_table import isotonic, latency_costs, read_latency_table
+from diffcr_compile.passes.base import run_passes
+from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.program import run_flat
 from diffcr_compile.runtime import block_bench
 from diffcr_compile.runtime.latency import checksum
@@ -404,6 +406,23 @@ def test_other_levels_and_other_blocks_are_refused(
         budget_costs(cases("flux").routed, config_with(path))
     with pytest.raises(UsageError, match="does not exist"):
         budget_costs(cases("dit").routed, config_with(tmp_path / "nothing.json"))
+
+
+def test_a_table_does_not_say_what_the_shortcut_of_a_skipped_block_takes(
+    cases: Callable[[str], Any], table: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "t.json", table)
+    routed = run_passes(cases("dit").captured, [InsertTokenRouters(shortcut_rank=2)])
+    config = config_with(path)
+    assert config.routing.skip_blocks
+    with pytest.raises(UsageError, match=r"skip_blocks: false"):
+        budget_costs(routed, config)
+    # without skipping: refused as a table of another model, as it was measured without shortcuts
+    whole = config.with_section(
+        "routing", config.routing.model_copy(update={"skip_blocks": False}), "here"
+    )
+    with pytest.raises(UsageError, match="not those of this model"):
+        budget_costs(routed, whole)
 
 
 def test_metric_and_table_belong_together() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from diffcr_compile.calibrate.trained import router_parameters
+from diffcr_compile.calibrate.trained import routing_parameters
 from diffcr_compile.program import Program
 
 
@@ -22,14 +22,14 @@ def as_it_was_if_it_fails(program: Program) -> Iterator[None]:
     """
     module = program.module
     before = [*module.named_children(), *module.named_parameters(recurse=False)]
-    routers = {n: p.detach().clone() for n, p in router_parameters(program).items()}
+    routers = {n: p.detach().clone() for n, p in routing_parameters(program).items()}
     try:
         yield
     except BaseException:
         for name, part in before:
             setattr(module, name, part)
         with torch.no_grad():
-            for name, parameter in router_parameters(program).items():
+            for name, parameter in routing_parameters(program).items():
                 parameter.copy_(routers[name])
                 parameter.grad = None
         for selector in module.selectors.values():

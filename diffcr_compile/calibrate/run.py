@@ -18,10 +18,10 @@ from diffcr_compile.calibrate.state import load_state, save_state
 from diffcr_compile.calibrate.trained import (
     REMEDY,
     TrainedParameters,
-    router_parameters,
+    routing_parameters,
     train_mode,
 )
-from diffcr_compile.calibrate.warm_start import warm_start_routers
+from diffcr_compile.calibrate.warm_start import warm_start
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.passes.base import run_passes
@@ -75,10 +75,10 @@ class Run:
             self.restore(*self.ranks.from_leader(*self.state(key)))
 
     def start(self) -> None:
-        """Routers in closed form; a schedule from measured errors where ratios are not learned."""
+        """Routers and shortcuts in closed form; a schedule from measured errors where ratios are not learned."""
         chosen = self._some_states(max(1, WARM_START_STATES // len(self.by_bucket)))
         self.search.learner.keep_all()
-        self.explained = warm_start_routers(
+        self.explained = warm_start(
             self.program, self.states, torch.cat(chosen), self.config.batch
         )
         self.trained.forget_averages()
@@ -128,7 +128,7 @@ class Run:
         ratios, found = self.search.state()
         # The warm start is part of the result even where routers are not trained.
         routers = {
-            f"router.{n}": p.detach() for n, p in router_parameters(self.program).items()
+            f"router.{n}": p.detach() for n, p in routing_parameters(self.program).items()
         }
         facts = {
             "key": key,
@@ -142,7 +142,7 @@ class Run:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The reverse of :meth:`state`."""
-        for name, parameter in router_parameters(self.program).items():
+        for name, parameter in routing_parameters(self.program).items():
             parameter.copy_(tensors[f"router.{name}"])
         self.trained.restore(tensors)
         self.search.restore(tensors, facts)

@@ -37,7 +37,7 @@ class TrainedParameters:
     def __init__(self, program: Program, config: CalibrationConfig) -> None:
         self.config = config
         self.parameters = trained_parameters(program, config)
-        routers = {id(p) for p in router_parameters(program).values()}
+        routers = {id(p) for p in routing_parameters(program).values()}
         blocks = [spec.name for spec in program.blocks]
         self.optimizers = make_optimizers(self.parameters, config, blocks, routers)
         self.averages: dict[str, Tensor] = {}
@@ -147,12 +147,14 @@ def own_weights(module: DiTGraph) -> None:
         setattr(module, name, copied(parameter, memo))
 
 
-def router_parameters(program: Program) -> dict[str, nn.Parameter]:
-    """The parameters of all routers, by block and name."""
+def routing_parameters(program: Program) -> dict[str, nn.Parameter]:
+    """The parameters of all routers and shortcuts, by block and name."""
+    module = program.module
+    shortcuts = {f"{block}.shortcut": shortcut for block, shortcut in module.shortcuts.items()}
     return {
-        f"{block}.{name}": parameter
-        for block, router in program.module.routers.items()
-        for name, parameter in router.named_parameters()
+        f"{part}.{name}": parameter
+        for part, owner in (*module.routers.items(), *shortcuts.items())
+        for name, parameter in owner.named_parameters()
     }
 
 
@@ -160,7 +162,7 @@ def trained_parameters(program: Program, config: CalibrationConfig) -> dict[str,
     """Those that ``calibration.train`` names."""
     if config.train == "ratio":
         return {}
-    routers = {id(p) for p in router_parameters(program).values()}
+    routers = {id(p) for p in routing_parameters(program).values()}
     adapters = MARKS if config.train == "lora" else ()
     return {
         name: parameter

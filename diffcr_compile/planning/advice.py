@@ -34,6 +34,7 @@ def advise(
         *_can_it_run(plan),
         *_limits(plan, dtypes, config),
         *_is_it_worth_it(plan),
+        *_does_it_learn(plan, config),
         *_does_it_fit(plan, config),
         *_does_it_last(config, devices),
     )
@@ -110,6 +111,23 @@ def _is_it_worth_it(plan: Plan) -> Iterator[str]:
     share = sum(block.share or 0.0 for block in plan.refusals)
     if plan.details and share > 0.05:
         yield f"{share:.0%} of the MACs are in refused blocks and stay"
+
+
+def _does_it_learn(plan: Plan, config: CompileConfig) -> Iterator[str]:
+    calibration = config.calibration
+    held = calibration.steps == 0 or calibration.train in ("ratio", "router")
+    if plan.details and held and config.routing.shortcut_rank == 0:
+        yield (
+            "with these settings the model's own weights learn nothing, and tokens that bypass a block are missed most: "
+            "--set routing.shortcut_rank=16 gives them a fitted linear map, for about "
+            f"{_share_of_shortcuts(plan, 16):.1%} of the MACs"
+        )
+
+
+def _share_of_shortcuts(plan: Plan, rank: int) -> float:
+    """MACs of shortcuts in every block, of the dense model's."""
+    macs = sum(2 * rank * b.spec.width * b.spec.num_tokens for b in plan.details)
+    return macs / plan.costs.dense if plan.costs else 0.0
 
 
 def _does_it_fit(plan: Plan, config: CompileConfig) -> Iterator[str]:

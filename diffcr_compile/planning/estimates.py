@@ -27,7 +27,8 @@ class ModelSizes:
 
     Attributes:
         weights: parameters and buffers.
-        routers: weights of all routers.
+        routing: weights of all routers and shortcuts.
+        width: mean channels of the routed streams.
         blocks: number of blocks that stand in the graph as such.
         inputs: the example inputs, whole batch.
         inputs_per_sample: inputs of one sample.
@@ -37,7 +38,8 @@ class ModelSizes:
     """
 
     weights: int
-    routers: int
+    routing: int
+    width: int
     blocks: int
     inputs: int
     inputs_per_sample: int
@@ -92,11 +94,11 @@ def estimate(
     golden = buckets * batch * (sizes.inputs_per_sample + sizes.outputs_per_sample)
     trained = _trained(sizes, config, train)
     # model/routed.safetensors: what differs from the user's model; adapters are merged by then
-    learned = sizes.routers + (sizes.weights if train in ("lora", "all") else 0)
+    learned = sizes.routing + (sizes.weights if train in ("lora", "all") else 0)
     graphs = (
         (buckets + 1) * sizes.blocks * GRAPH_BYTES_PER_BLOCK
     )  # one more: the dense baseline
-    artifact = sizes.weights + sizes.routers + graphs + golden
+    artifact = sizes.weights + sizes.routing + graphs + golden
     state = STATE_COPIES * trained
     # calibration/state, rollouts, model/routed.safetensors, baseline/dense.onnx
     folder = artifact + state + teacher + learned + sizes.weights
@@ -127,12 +129,10 @@ def _calibrate(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:
 def _trained(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:
     """Bytes of what has gradients; of adapters an upper bound."""
     if train == "all":
-        return sizes.routers + sizes.weights
+        return sizes.routing + sizes.weights
     if train != "lora":
-        return sizes.routers
-    # A layer of a by b weights gets rank * (a + b) more, and neither is smaller than the stream, whose
-    # width is that of its fp32 router.
-    width = max(sizes.routers // (4 * max(sizes.blocks, 1)), 1)
-    return sizes.routers + round(
-        sizes.weights * min(1.0, 2 * config.calibration.lora_rank / width)
+        return sizes.routing
+    # A layer of a by b weights gets rank * (a + b) more, and neither is smaller than the stream.
+    return sizes.routing + round(
+        sizes.weights * min(1.0, 2 * config.calibration.lora_rank / max(sizes.width, 1))
     )

@@ -241,7 +241,13 @@ def _costs(seen: DryRun, config: CompileConfig) -> tuple[CostTable | None, CostT
     routing = config.routing
     step, least, most = routing.multiple_of, routing.min_keep_ratio, routing.max_keep_ratio
     every = measure_costs(
-        seen.program, step, least, 1.0, skip_blocks=routing.skip_blocks, mode=seen.mode
+        seen.program,
+        step,
+        least,
+        1.0,
+        skip_blocks=routing.skip_blocks,
+        shortcut_rank=routing.shortcut_rank,
+        mode=seen.mode,
     )
     allowed: dict[str, list[int]] = {}
     for spec in seen.program.blocks:
@@ -317,9 +323,11 @@ def _estimates(
     batched = sum(
         t.numel() * t.element_size() for t in given if t.ndim > 0 and t.shape[0] == batch
     )
+    widths = [spec.width for spec in seen.findings.blocks]
     sizes = ModelSizes(
         weights=sum(t.numel() * t.element_size() for t in tensors),
-        routers=sum(4 * spec.width for spec in seen.findings.blocks),
+        routing=sum(4 * _routing_weights(w, config.routing.shortcut_rank) for w in widths),
+        width=sum(widths) // max(len(widths), 1),
         blocks=len(seen.macs),
         inputs=inputs,
         inputs_per_sample=batched // batch,
@@ -328,3 +336,8 @@ def _estimates(
         batch=batch,
     )
     return estimate(sizes, config, target.build_memory)
+
+
+def _routing_weights(width: int, shortcut_rank: int) -> int:
+    """Numbers in a router, and in a shortcut where there is one."""
+    return width + (shortcut_rank and (2 * shortcut_rank + 1) * width)

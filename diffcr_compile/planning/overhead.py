@@ -22,7 +22,7 @@ class Overhead:
     """What routing costs in one block, per sample.
 
     Attributes:
-        router_macs: MACs of the router.
+        router_macs: MACs of the router, and of the shortcut where there is one.
         moved_bytes: read and written by gathers and scatter at ``SHOWN_KEEP_RATIO``.
         break_even: keep ratio below which routing saves more than it costs, bytes moved included;
             None if it never does.
@@ -44,19 +44,25 @@ def routing_overhead(
         if kept > 0
     ]
     router = float(spec.num_tokens * spec.width)
+    routing = max(router, *costs.routing[spec.name])
+    has_shortcut = routing > router
     shown = round(SHOWN_KEEP_RATIO * spec.num_tokens)
     return Overhead(
-        router_macs=router,
-        moved_bytes=moved_bytes(spec, call, shown),
+        router_macs=routing,
+        moved_bytes=moved_bytes(spec, call, shown, has_shortcut),
         break_even=break_even(
-            pairs, router, lambda kept: balance * moved_bytes(spec, call, kept)
+            pairs,
+            routing,
+            lambda kept: balance * moved_bytes(spec, call, kept, has_shortcut),
         ),
-        break_even_macs=break_even(pairs, router, lambda _: 0.0),
+        break_even_macs=break_even(pairs, routing, lambda _: 0.0),
     )
 
 
-def moved_bytes(spec: BlockSpec, call: Call | None, kept_tokens: int) -> float:
-    """Bytes that gathers and scatter read and write, per sample.
+def moved_bytes(
+    spec: BlockSpec, call: Call | None, kept_tokens: int, has_shortcut: bool
+) -> float:
+    """Bytes that gathers, scatter and shortcut read and write, per sample.
 
     Those of the stream, and K rows read and written of every token-aligned argument.
     """
@@ -66,7 +72,7 @@ def moved_bytes(spec: BlockSpec, call: Call | None, kept_tokens: int) -> float:
         if call
         else 0
     )
-    rows = moved_rows(spec, kept_tokens)
+    rows = moved_rows(spec, kept_tokens, has_shortcut=has_shortcut)
     return float(size * spec.width * rows + 2 * kept_tokens * aligned)
 
 
@@ -89,8 +95,8 @@ def break_even(
     """The keep ratio at which a routed block costs as much as a dense one; None if it always does.
 
     Args:
-        pairs: (kept tokens, MACs) ascending, router included; the last is the dense block.
-        router_macs: MACs of the router.
+        pairs: (kept tokens, MACs) ascending, router and shortcut included; the last is the dense block.
+        router_macs: MACs of router and shortcut.
         moving: kept tokens -> cost of moving bytes, in MACs.
     """
     num_tokens, dense = pairs[-1]

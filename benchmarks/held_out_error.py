@@ -17,6 +17,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ SMOKE = Scale(steps=4, batch=4, trajectories=4, held_out=2)
 
 
 def settings(variant: str, seed: int, scale: Scale) -> CompileConfig:
-    chosen = VARIANTS[variant]
+    return settings_of(VARIANTS[variant], seed, scale)
+
+
+def settings_of(
+    chosen: Mapping[str, Mapping[str, Any]], seed: int, scale: Scale
+) -> CompileConfig:
+    """The common settings with those that a variant chooses."""
     calibration = {
         "seed": seed,
         "steps": scale.steps,
@@ -121,7 +128,17 @@ def calibrated(
     seen: TeacherStates,
     unseen: TeacherStates,
 ) -> dict[str, Any]:
-    config = settings(variant, seed, scale)
+    return {
+        "variant": variant,
+        **measured(settings(variant, seed, scale), budget, seen, unseen),
+    }
+
+
+def measured(
+    config: CompileConfig, budget: float, seen: TeacherStates, unseen: TeacherStates
+) -> dict[str, Any]:
+    """One calibration, and what it leaves of the error."""
+    seed = config.calibration.seed
     routed = dcr.route(demo.load_reference_dit(), demo.example_inputs(), config.routing, seed)
     start = time.process_time()
     result = dcr.calibrate(routed, seen, budget=budget, config=config)
@@ -130,7 +147,6 @@ def calibrated(
     # adjacent buckets with one schedule become one graph
     assert len(frozen) == len(result.schedule.merged().buckets)
     return {
-        "variant": variant,
         "seed": seed,
         "error": error(frozen, unseen),
         "macs_share": result.schedule.reached,

@@ -24,6 +24,8 @@ from benchmarks.quality.settings import (
     OTHER_SETTINGS,
     QUARTER,
     ROUTED,
+    SHORTCUTS,
+    TRAINING_FREE_SHORTCUTS,
     TWO_BINS,
     UNTRAINED,
     Scale,
@@ -39,6 +41,7 @@ OTHERS = (
     "steps reuse blocks",
     "dense, fewer steps",
     "training-free",
+    TRAINING_FREE_SHORTCUTS,
 )
 # Calibrated on images: at the first budget only, as they turn out alike there.
 ON_IMAGES = (
@@ -81,6 +84,8 @@ def jobs(scale: Scale) -> list[list[Job]]:
                 QUARTER,
             ),
             Job(EARLY_FLOOR + DISTILLED, first, one, few, training=QUARTER),
+            *with_all_seeds((SHORTCUTS + DISTILLED,), (first, *rest[:1]), scale, QUARTER),
+            *with_all_seeds(("ours" + DISTILLED,), rest[:1], scale, QUARTER),
             *(
                 Job(name, budget, one, few, training=QUARTER)
                 for budget in rest

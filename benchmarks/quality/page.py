@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.settings import DISTILLED, EARLY, EARLY_FLOOR, FLOOR, FULL, Scale
+from benchmarks.quality.settings import (
+    DISTILLED,
+    EARLY,
+    EARLY_FLOOR,
+    FLOOR,
+    FULL,
+    SHORTCUTS,
+    TRAINING_FREE_SHORTCUTS,
+    TWO_BINS,
+    Scale,
+)
 from benchmarks.quality.table import OUR_VARIANTS, compared
 from benchmarks.reference.inpainting import LARGEST, SMALLEST
 
@@ -34,8 +44,10 @@ NOTES = {
     EARLY: "ours with `calibration.settle` 0.7 in the place of 0.4",
     FLOOR: "ours with `routing.min_keep_ratio` 0.45 and no block skipped",
     EARLY_FLOOR: "the same with `calibration.settle` 0.7",
-    "ours, two bins": "the paper's estimator instead of `boundary`",
+    SHORTCUTS: "ours with `routing.shortcut_rank` 16",
+    TWO_BINS: "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
+    TRAINING_FREE_SHORTCUTS: "the same with `routing.shortcut_rank` 16",
 }
 
 

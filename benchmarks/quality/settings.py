@@ -35,6 +35,7 @@ FROM_ERRORS = {"calibration": {"ratios": "errors", "resolves": 1}}
 # Blocks either keep all tokens or are left out, per timestep bucket, over measured errors.
 WHOLE_BLOCKS = {"routing": {"multiple_of": 256, "skip_blocks": True}, **FROM_ERRORS}
 TWO_BINS = "ours, two bins"
+TRAINING_FREE_SHORTCUTS = "training-free, shortcuts"
 ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {},
     "ratios from measured errors": FROM_ERRORS,
@@ -47,6 +48,7 @@ ROUTED: dict[str, dict[str, dict[str, Any]]] = {
     "blocks dropped": WHOLE_BLOCKS,
     "ours, a fifth of the steps": {},
     "training-free": {},
+    TRAINING_FREE_SHORTCUTS: {"routing": {"shortcut_rank": 16}},
 }
 # Keep ratios are learned in the first three tenths of the steps, not six, and the rest trains at the final schedule.
 EARLY = "ours, settled early"
@@ -56,6 +58,9 @@ FLOOR = "ours, keep ratios from 0.45"
 ROUTED[FLOOR] = {"routing": {"min_keep_ratio": 0.45, "skip_blocks": False}}
 EARLY_FLOOR = "ours, settled early, keep ratios from 0.45"
 ROUTED[EARLY_FLOOR] = {**ROUTED[EARLY], **ROUTED[FLOOR]}
+# Bypassed tokens take a linear map.
+SHORTCUTS = "ours, shortcuts"
+ROUTED[SHORTCUTS] = {"routing": {"shortcut_rank": 16}}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -70,12 +75,19 @@ ROUTED |= {
         EARLY,
         FLOOR,
         EARLY_FLOOR,
+        SHORTCUTS,
     )
 }
-# Other settings of ours, at the first budget only.
-OTHER_SETTINGS = tuple(name + DISTILLED for name in (TWO_BINS, EARLY, FLOOR, EARLY_FLOOR))
+# Other settings of ours, each where it says something.
+OTHER_SETTINGS = tuple(
+    name + DISTILLED for name in (TWO_BINS, EARLY, FLOOR, EARLY_FLOOR, SHORTCUTS)
+)
 # Share of the training steps that all others have.
-STEP_SHARES = {"ours, a fifth of the steps": 0.2, "training-free": 0.0}
+STEP_SHARES = {
+    "ours, a fifth of the steps": 0.2,
+    "training-free": 0.0,
+    TRAINING_FREE_SHORTCUTS: 0.0,
+}
 # These are the same however long the others are trained.
 UNTRAINED = (
     "dense",
@@ -83,6 +95,7 @@ UNTRAINED = (
     "steps reuse blocks",
     "tokens merged (2-D ToMe)",
     "training-free",
+    TRAINING_FREE_SHORTCUTS,
 )
 
 

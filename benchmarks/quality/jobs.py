@@ -123,18 +123,15 @@ def with_all_seeds(
 
 
 def inpainting(scale: Scale) -> list[Job]:
-    """The second task: the first budget, one seed, and what is trained has the short training."""
-    shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), scale.budgets[0])
+    """The second task: the first budget, one seed. What is trained has the short training, and ours the long one too."""
+    first, one, few = scale.budgets[0], scale.seeds[0], scale.few
+    shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), first)
     return [
-        Job(
-            name,
-            share,
-            scale.seeds[0],
-            scale.few,
-            "inpainting",
-            FULL if name in UNTRAINED else QUARTER,
-        )
-        for name, share in shares.items()
+        Job("ours", first, one, few, "inpainting"),
+        *(
+            Job(name, share, one, few, "inpainting", FULL if name in UNTRAINED else QUARTER)
+            for name, share in shares.items()
+        ),
     ]
 
 

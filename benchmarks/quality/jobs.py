@@ -127,11 +127,11 @@ def inpainting(scale: Scale) -> list[Job]:
     first, one, few = scale.budgets[0], scale.seeds[0], scale.few
     shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), first)
     return [
-        Job("ours", first, one, few, "inpainting"),
         *(
             Job(name, share, one, few, "inpainting", FULL if name in UNTRAINED else QUARTER)
             for name, share in shares.items()
         ),
+        Job("ours", first, one, few, "inpainting"),
     ]
 
 

@@ -17,7 +17,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,24 +205,47 @@ def recorded(path: Path, scale: Scale) -> dict[str, Any]:
     return {budget: {"runs": part["runs"]} for budget, part in budgets.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(doc: str, out: Path) -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--budget", type=float, help="only this one")
     parser.add_argument("--seed", type=int, help="only this one")
-    args = parser.parse_args()
+    return parser
+
+
+def extent(smoke: bool) -> tuple[Scale, tuple[int, ...], tuple[float, ...]]:
+    """Scale, seeds and budgets."""
+    return (SMOKE, SEEDS[:1], BUDGETS[:1]) if smoke else (Scale(), SEEDS, BUDGETS)
+
+
+def left_to_run(
+    found: dict[str, Any],
+    budgets: Sequence[float],
+    cases: Sequence[Mapping[str, Any]],
+    args: argparse.Namespace,
+) -> Iterator[tuple[float, Mapping[str, Any], list[dict[str, Any]]]]:
+    """Every case that was asked for and is not in the record: its budget, itself, and the list that its run goes into."""
+    for budget, case in itertools.product(budgets, cases):
+        runs = found.setdefault(str(budget), {"runs": []})["runs"]
+        done = any(case.items() <= run.items() for run in runs)
+        if done or args.budget not in (None, budget) or args.seed not in (None, case["seed"]):
+            continue
+        yield budget, case, runs
+
+
+def main() -> None:
+    args = options(__doc__, RESULTS).parse_args()
     torch.set_num_threads(1)
-    scale, seeds, budgets = (
-        (SMOKE, SEEDS[:1], BUDGETS[:1]) if args.smoke else (Scale(), SEEDS, BUDGETS)
-    )
+    scale, seeds, budgets = extent(args.smoke)
     found = {} if args.smoke else recorded(args.out, scale)
     seen, unseen = states(scale.trajectories, 0), states(scale.held_out, HELD_OUT_SEED)
-    for budget, seed, variant in itertools.product(budgets, seeds, [*VARIANTS, MERGED]):
-        runs = found.setdefault(str(budget), {"runs": []})["runs"]
-        done = any((run["variant"], run["seed"]) == (variant, seed) for run in runs)
-        if done or args.budget not in (None, budget) or args.seed not in (None, seed):
-            continue
+    cases = [
+        {"variant": variant, "seed": seed} for seed in seeds for variant in [*VARIANTS, MERGED]
+    ]
+    for budget, case, runs in left_to_run(found, budgets, cases, args):
+        variant, seed = case["variant"], case["seed"]
         runs.append(
             merged(budget, seed, unseen)
             if variant == MERGED

@@ -13,11 +13,9 @@ without, run in turns in one process, as medians of the ratio pair by pair. Writ
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import json
 import statistics
 import tempfile
@@ -31,12 +29,11 @@ import torch
 
 import diffcr_compile as dcr
 from benchmarks.held_out_error import (
-    BUDGETS,
     HELD_OUT_SEED,
-    SEEDS,
-    SMOKE,
-    Scale,
+    extent,
+    left_to_run,
     measured,
+    options,
     recorded,
     settings_of,
     states,
@@ -121,18 +118,12 @@ def time_ratio(repeats: int, batch: int = 2) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--budget", type=float, help="only this one")
-    parser.add_argument("--seed", type=int, help="only this one")
+    parser = options(__doc__, RESULTS)
     parser.add_argument("--only", default="*", help="ways that match, as in 'no training*'")
     parser.add_argument("--time", action="store_true", help="only what they cost")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scale, seeds, budgets = (
-        (SMOKE, SEEDS[:1], BUDGETS[:1]) if args.smoke else (Scale(), SEEDS, BUDGETS)
-    )
+    scale, seeds, budgets = extent(args.smoke)
     found = {} if args.smoke else recorded(args.out, scale)
     timed = json.loads(args.out.read_text()).get("time") if args.out.exists() else None
     if args.time or args.smoke:
@@ -155,18 +146,17 @@ def main() -> None:
     if args.time:
         return
     seen, unseen = states(scale.trajectories, 0), states(scale.held_out, HELD_OUT_SEED)
-    for budget, seed, how, rank in itertools.product(budgets, seeds, HOW, (0, RANK)):
-        runs = found.setdefault(str(budget), {"runs": []})["runs"]
-        case = {"variant": how, "rank": rank, "seed": seed}
-        done = any(case.items() <= run.items() for run in runs)
-        if done or args.budget not in (None, budget) or args.seed not in (None, seed):
-            continue
-        if not fnmatch.fnmatch(how, args.only):
-            continue
+    cases = [
+        {"variant": how, "rank": rank, "seed": seed}
+        for seed in seeds
+        for how in fnmatch.filter(HOW, args.only)
+        for rank in (0, RANK)
+    ]
+    for budget, case, runs in left_to_run(found, budgets, cases, args):
         # fp32, because a CPU without bfloat16 instructions has no fast kernels for it
-        calibration = {"precision": "fp32", **HOW[how]}
-        chosen = {"routing": {"shortcut_rank": rank}, "calibration": calibration}
-        config = settings_of(chosen, seed, scale)
+        calibration = {"precision": "fp32", **HOW[case["variant"]]}
+        chosen = {"routing": {"shortcut_rank": case["rank"]}, "calibration": calibration}
+        config = settings_of(chosen, case["seed"], scale)
         runs.append({**case, **measured(config, budget, seen, unseen)})
         print(budget, runs[-1], flush=True)
         write()

@@ -24,6 +24,7 @@ from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, Stage, selector_name, shortcut_name, tensor_args
 from diffcr_compile.routing import Selection
 from diffcr_compile.schedule import CostTable
+from diffcr_compile.shortcut import macs_per_token
 
 
 def keep_levels(
@@ -178,10 +179,9 @@ def _shortcut_macs(program: Program, shortcut_rank: int) -> dict[str, int]:
     """Of the shortcut of each block, for one token."""
     made = program.module.shortcuts
     planned = shortcut_rank if program.stage == Stage.CAPTURED else 0
+    ranks = {name: shortcut.down.out_features for name, shortcut in made.items()}
     return {
-        spec.name: made[spec.name].macs_per_token
-        if spec.name in made
-        else 2 * planned * spec.width
+        spec.name: macs_per_token(spec.width, ranks.get(spec.name, planned))
         for spec in program.blocks
     }
 

@@ -102,7 +102,7 @@ def jobs(scale: Scale) -> list[list[Job]]:
         [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
         [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
         [
-            Job(name, budget, one, few, training=FULL if name in UNTRAINED else QUARTER)
+            Job(name, budget, one, few, training=shortest(name))
             for budget in rest[1:]
             for name in OTHERS
         ],
@@ -122,13 +122,18 @@ def with_all_seeds(
     ]
 
 
+def shortest(variant: str) -> float:
+    """The short training; what is not trained stands in the table of every length, under the full one."""
+    return FULL if variant in UNTRAINED else QUARTER
+
+
 def inpainting(scale: Scale) -> list[Job]:
     """The second task: the first budget, one seed. What is trained has the short training, and ours the long one too."""
     first, one, few = scale.budgets[0], scale.seeds[0], scale.few
     shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), first)
     return [
         *(
-            Job(name, share, one, few, "inpainting", FULL if name in UNTRAINED else QUARTER)
+            Job(name, share, one, few, "inpainting", shortest(name))
             for name, share in shares.items()
         ),
         Job("ours", first, one, few, "inpainting"),

@@ -60,7 +60,7 @@ EARLY_FLOOR = "ours, settled early, keep ratios from 0.45"
 ROUTED[EARLY_FLOOR] = {**ROUTED[EARLY], **ROUTED[FLOOR]}
 # Bypassed tokens take a linear map.
 SHORTCUTS = "ours, shortcuts"
-ROUTED[SHORTCUTS] = {"routing": {"shortcut_rank": 16}}
+ROUTED[SHORTCUTS] = ROUTED[TRAINING_FREE_SHORTCUTS]
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {

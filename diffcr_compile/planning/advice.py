@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from diffcr_compile.config import CompileConfig
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 from diffcr_compile.planning.targets import ROUTING_OPS
+from diffcr_compile.shortcut import macs_per_token
 
 if TYPE_CHECKING:
     from diffcr_compile.planning.inspection import Plan
@@ -126,7 +127,7 @@ def _does_it_learn(plan: Plan, config: CompileConfig) -> Iterator[str]:
 
 def _share_of_shortcuts(plan: Plan, rank: int) -> float:
     """MACs of shortcuts in every block, of the dense model's."""
-    macs = sum(2 * rank * b.spec.width * b.spec.num_tokens for b in plan.details)
+    macs = sum(macs_per_token(b.spec.width, rank) * b.spec.num_tokens for b in plan.details)
     return macs / plan.costs.dense if plan.costs else 0.0
 
 

@@ -20,6 +20,7 @@ from diffcr_compile.planning.plan_text import plan_text
 from diffcr_compile.planning.targets import Target
 from diffcr_compile.recorded import Call
 from diffcr_compile.schedule import CostTable
+from diffcr_compile.shortcut import macs_per_token
 
 # Where the target's own figure is not known. Of the order of large GPUs in fp16; not measured.
 ASSUMED_MACS_PER_BYTE = 100.0
@@ -340,4 +341,5 @@ def _estimates(
 
 def _routing_weights(width: int, shortcut_rank: int) -> int:
     """Numbers in a router, and in a shortcut where there is one."""
-    return width + (shortcut_rank and (2 * shortcut_rank + 1) * width)
+    shortcut = macs_per_token(width, shortcut_rank) + width if shortcut_rank else 0
+    return width + shortcut

@@ -81,7 +81,7 @@ def _check_parallel(model: nn.Module) -> None:
             f"the weights of {type(model).__name__} are sharded over processes (FSDP), around {_some(sharded)}; "
             "a graph needs them whole. Pass the model before it is sharded. Several GPUs are joined by "
             "starting the whole command under torchrun, each with the whole model (docs/training.md); "
-            "calibration.train: lora, checkpointing and precision: bf16 make a large one fit.",
+            "calibration.shard: true shares out what is trained, checkpointing and precision: bf16 take less memory.",
             code="DCR-M002",
         )
     wrapped = [name for name, classes in kinds.items() if classes.intersection(_WRAPPERS)]

@@ -21,7 +21,7 @@ from diffcr_compile.workspace import fingerprint
 
 # settings that change no result
 NO_EFFECT = {
-    "calibration": {"checkpointing", "rank_timeout", "save_every"},
+    "calibration": {"checkpointing", "rank_timeout", "save_every", "shard"},
     "rollouts": {"max_gib"},
     "budget": {"table"},  # what the table says counts, not its place: see budget_identity
 }

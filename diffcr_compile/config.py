@@ -135,6 +135,11 @@ class CalibrationConfig(_Section):
         description="routed blocks run again in the backward instead of keeping what they computed: "
         "less memory, about a third more time, the same numbers",
     )
+    shard: bool = Field(
+        default=False,
+        description="with several processes: each holds a share of every routed block's weights, gradients, moments and "
+        "moving averages (FSDP); train: all",
+    )
     ratios: Literal["gradient", "errors", "uniform"] = Field(
         default="gradient",
         description="where keep ratios come from: gradients, while the budget falls; a table of "
@@ -231,6 +236,15 @@ class CalibrationConfig(_Section):
                 f"steps: {self.steps} and settle: {self.settle:g} it happens {possible} times. It takes steps before it and "
                 "steps that settle it, one of these for each time; with ratios: gradient it happens once, with uniform "
                 "never. Lower resolves, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_are_sharded(self) -> CalibrationConfig:
+        if self.shard and self.train != "all":
+            raise ValueError(
+                f"shard: true shares out weights that are trained, and with train: {self.train} the blocks' weights are those "
+                "of your own model, which stays whole. Set train: all, or shard: false"
             )
         return self
 

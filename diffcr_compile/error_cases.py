@@ -144,6 +144,8 @@ _ROWS = (
      "Call .float() on the model and give fp32 inputs; calibration.precision: bf16 brings the speed back. Or set calibration.train to router."),
     ("DCR-U078", "an argument is something else", "A public function was given another kind of object, or another word, than it takes.",
      "The message says which argument and what is expected."),
+    ("DCR-U079", "weights that cannot be shared out", "calibration.shard needs several processes, and routed blocks whose weights are used by nothing else.",
+     "Start the command under torchrun; or set calibration.shard: false."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

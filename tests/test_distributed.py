@@ -19,6 +19,7 @@ import torch
 from diffcr_compile.calibrate.data import TeacherStates
 from diffcr_compile.calibrate.distributed import Ranks, _bit_sum, _in_buckets, joined_ranks
 from diffcr_compile.calibrate.loop import run_calibration
+from diffcr_compile.calibrate.sharding import _shardable
 from diffcr_compile.calibrate.shards import made_in_shards
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import ArtifactError, UsageError
@@ -35,13 +36,32 @@ DIES_AT = 13
 CLOSE, RELATIVELY_CLOSE = 1e-4, 1e-3
 
 
-def launch(folder: Path, meeting: str, dies_at: int = 0) -> list[subprocess.Popen[bytes]]:
+# What the settings of the first and of the second launch change. Sharded weights are whole in the state: a run goes
+# on with or without.
+LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "whole": ({}, {}),
+    "sharded only at first": ({"shard": True, "optimizer": "muon"}, {"optimizer": "muon"}),
+    "sharded only at last": (
+        {"optimizer": "muon", "estimator": "two_bin"},
+        {
+            "optimizer": "muon",
+            "estimator": "two_bin",
+            "shard": True,
+            "checkpointing": True,
+        },
+    ),
+}
+
+
+def launch(
+    folder: Path, meeting: str, changes: dict[str, Any], dies_at: int = 0
+) -> list[subprocess.Popen[bytes]]:
     """Both ranks; `dies_at` is the step after which rank 1 kills itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.rank_worker", str(rank), "2", str(folder), meeting,
-             str(dies_at if rank == 1 else 0)],
+             str(dies_at if rank == 1 else 0), json.dumps(changes)],
             env=environment,
         )
         for rank in range(2)
@@ -52,6 +72,7 @@ def launch(folder: Path, meeting: str, dies_at: int = 0) -> list[subprocess.Pope
 class Runs:
     """Two launches in one folder: rank 1 of the first is killed, the second goes on."""
 
+    changes: tuple[dict[str, Any], dict[str, Any]]
     folder: Path
     first: list[int]
     seconds_after_the_kill: float
@@ -62,23 +83,24 @@ class Runs:
         return json.loads((self.folder / name).read_text())
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=LAUNCHES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("ranks")
-    leader, killed = launch(folder, "meeting_1", DIES_AT)
+    first_changes, second_changes = LAUNCHES[request.param]
+    leader, killed = launch(folder, "meeting_1", first_changes, DIES_AT)
     first_killed = killed.wait(timeout=300)
     died = time.monotonic()
     first = [leader.wait(timeout=120), first_killed]
     seconds = time.monotonic() - died
-    again = launch(folder, "meeting_2")
-    routed, result = rank_worker.calibrate(None)
+    again = launch(folder, "meeting_2", second_changes)
+    routed, result = rank_worker.calibrate(None, {**second_changes, "shard": False})
     single = {
         "losses": [record["loss"] for record in result.history],
         "schedule": result.schedule.to_json(),
         "sum": sum(float(p.detach().double().abs().sum()) for p in routed.parameters()),
     }
     second = [process.wait(timeout=300) for process in again]
-    return Runs(folder, first, seconds, second, single)
+    return Runs(LAUNCHES[request.param], folder, first, seconds, second, single)
 
 
 def test_a_killed_rank_ends_the_run_with_a_clear_error_in_time(runs: Runs) -> None:
@@ -89,14 +111,22 @@ def test_a_killed_rank_ends_the_run_with_a_clear_error_in_time(runs: Runs) -> No
     error = runs.of("error_0.json")
     assert error["code"] == "DCR-E010"
     assert "does not answer" in error["message"]
-    assert f"The state after step {DIES_AT} is in" in error["message"]
+    # with a rank its share is gone, and the last regular state is the one to go on from
+    is_saved = f"The state after step {DIES_AT} is in" in error["message"]
+    assert is_saved != runs.changes[0].get("shard", False)
 
 
 def test_two_ranks_learn_what_one_process_learns(runs: Runs) -> None:
     """Over all steps, the killed ones and those of the resumed run."""
     assert runs.second == [0, 0]
     one, two = runs.of("result_0.json"), runs.of("result_1.json")
+    held = one.pop("held"), two.pop("held")
     assert one == two  # every rank has the same weights, losses and schedule
+    if runs.changes[1].get("shard"):  # embeddings, head and routers are whole on both
+        assert max(held) < 0.65 * rank_worker.numbers_in_all(runs.changes[1])
+        assert min(held) > 0.4 * rank_worker.numbers_in_all(runs.changes[1])
+    else:
+        assert held == (rank_worker.numbers_in_all(runs.changes[1]),) * 2
     assert len(one["losses"]) == rank_worker.STEPS
     differences = [
         abs(a - b) for a, b in zip(one["losses"], runs.single["losses"], strict=True)
@@ -209,6 +239,39 @@ def test_ranks_that_start_from_different_things_are_refused(runs: Runs) -> None:
     for rank in range(2):
         assert runs.of(f"different_{rank}.json")["code"] == "DCR-U070"
         assert "of rank 1 differ" in runs.of(f"different_{rank}.json")["message"]
+
+
+def test_sharding_needs_processes_and_trained_weights(cases: Callable[..., Case]) -> None:
+    case = cases("plain")
+    inputs = {"x": torch.zeros(8, 2, 6, 6), "t": torch.linspace(0.1, 0.9, 8)}
+    states = TeacherStates(inputs, torch.zeros(8, 2, 6, 6), inputs["t"])
+    costs = measure_costs(case.routed, 4, 0.25)
+    buckets = TimestepBuckets.even(2, 0.0, 1.0)
+    config = CalibrationConfig(batch=4, shard=True)
+    weights = {n: p.detach().clone() for n, p in case.routed.module.named_parameters()}
+    with pytest.raises(UsageError, match="under torchrun") as caught:
+        run_calibration(case.routed, states, config, costs, buckets, 0.7)
+    assert caught.value.code == "DCR-U079"
+    for name, parameter in case.routed.module.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    with pytest.raises(ValueError, match="train: lora"):
+        CalibrationConfig(train="lora", shard=True)
+
+
+def test_blocks_whose_weights_are_used_elsewhere_stay_whole(
+    cases: Callable[..., Case],
+) -> None:
+    program = cases("plain").routed
+    first, second = (program.module.get_submodule(spec.name) for spec in program.blocks)
+    own = first.mlp
+    try:
+        assert _shardable(program) == ["blocks.0", "blocks.1"]
+        first.mlp = second.mlp
+        with pytest.raises(UsageError, match="used by other modules") as caught:
+            _shardable(program)
+        assert caught.value.code == "DCR-U079"
+    finally:
+        first.mlp = own
 
 
 def test_one_process_is_a_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,14 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffcr_compile.calibrate.sharded_tensors import is_sharded
 from diffcr_compile.errors import EnvironmentMissingError, UsageError
 
 BUCKET_BYTES = 32 * 2**20  # gradients that are sent together
@@ -66,11 +67,16 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace the gradient of each parameter by its sum over the ranks.
 
-        Which parameters have one must not differ between ranks; with one graph it cannot.
+        Which parameters have one must not differ between ranks; with one graph it cannot. Of sharded parameters it is the
+        mean already, every rank having its share.
         """
         if self.count == 1:
             return
-        for part in _in_buckets([p.grad for p in parameters if p.grad is not None]):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        shares = [gradient for gradient in gradients if is_sharded(gradient)]
+        if shares:
+            torch._foreach_mul_(shares, self.count)
+        for part in _in_buckets([g for g in gradients if not is_sharded(g)]):
             flat = torch.cat([gradient.flatten() for gradient in part])
             with _everybody_there():
                 # on a device over the default group, which is NCCL there
@@ -80,9 +86,18 @@ class Ranks:
                 gradient.copy_(piece.view_as(gradient))
 
     def from_leader(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        keep: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Rank 0's tensors (on the CPU) and JSON-able facts, on every rank."""
+        """Rank 0's tensors (on the CPU) and JSON-able facts, on every rank.
+
+        Args:
+            tensors: rank 0's; those of the others do not count.
+            facts: the same.
+            keep: what a rank keeps of a tensor, by its name; called as soon as it is there, so that few are whole at a time.
+        """
         if self.count == 1:
             return dict(tensors), dict(facts)
         form = {n: [str(t.dtype), list(t.shape)] for n, t in tensors.items()}
@@ -96,8 +111,19 @@ class Ranks:
                     kind = getattr(torch, dtype.removeprefix("torch."))
                     tensor = torch.empty(shape, dtype=kind)
                 dist.broadcast(tensor, 0, group=self.control)
-                found[name] = tensor
+                found[name] = keep(name, tensor)
         return found, dict(facts)
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Whatever is done in here waits for other ranks: an error may come from one that is gone, and then says so."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise  # ours, and the others are not here to be asked
+        except RuntimeError:
+            self.wait()
+            raise
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -40,7 +40,8 @@ from diffcr_compile.calibrate.memory import out_of_memory_in_words
 from diffcr_compile.calibrate.ratio_search import RatioSearch
 from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.rollback import as_it_was_if_it_fails
-from diffcr_compile.calibrate.run import Run
+from diffcr_compile.calibrate.run import Run, StepGraphs
+from diffcr_compile.calibrate.sharding import sharded_blocks
 from diffcr_compile.calibrate.state import FILE
 from diffcr_compile.calibrate.trained import (
     check_precision,
@@ -66,8 +67,8 @@ from diffcr_compile.schedule import (
 )
 
 LOWER = (
-    "calibration.batch, set calibration.checkpointing: true, calibration.precision: bf16 or "
-    "calibration.train: lora"
+    "calibration.batch, set calibration.checkpointing: true, calibration.precision: bf16, with several GPUs "
+    "calibration.shard: true, or calibration.train: lora"
 )
 Report = Callable[[dict[str, Any], int], None]
 
@@ -128,7 +129,7 @@ def run_calibration(
             the first step.
         AccuracyError: a loss or a gradient became NaN or infinite; the state before it is saved.
         ResourceError: out of memory; says what to lower.
-        EnvironmentMissingError: another rank is gone; the state before that is saved.
+        EnvironmentMissingError: another rank is gone; the state before that is saved where no weights are sharded.
     """
     if program.stage != Stage.ROUTED:
         raise PreconditionError(
@@ -152,17 +153,20 @@ def run_calibration(
             per="model" if config.ratios == "uniform" else config.ratios_per,
         )
         search = RatioSearch(learner, config, budget)
-        run = Run(program, dense, states, by_bucket, config, search, ranks, measuring)
-        with nothing_else_learns(program.module, run.trained.parameters.values()):
-            run.begin(folder, key)
-            less_memory = (
-                recomputed_blocks(program)
-                if config.checkpointing
-                else contextlib.nullcontext()
-            )
-            with less_memory:
-                _train(run, folder, key, report)
-        return _finish(run, folder)
+        graphs = StepGraphs(program, dense, config)
+        with sharded_blocks(program, ranks) if config.shard else contextlib.nullcontext():
+            run = Run(program, graphs, states, by_bucket, config, search, ranks, measuring)
+            with nothing_else_learns(program.module, run.trained.parameters.values()):
+                with run.together():
+                    run.begin(folder, key)
+                less_memory = (
+                    recomputed_blocks(program)
+                    if config.checkpointing
+                    else contextlib.nullcontext()
+                )
+                with less_memory:
+                    _train(run, folder, key, report)
+            return _finish(run, folder)
 
 
 @contextlib.contextmanager
@@ -186,7 +190,7 @@ def _train(run: Run, folder: Path | None, key: str, report: Report | None) -> No
     """All steps that are left."""
     started, config = time.monotonic(), run.config
     for step in range(run.done, config.steps):
-        with _state_kept(run, folder, key):
+        with _state_kept(run, folder, key), run.together():
             record = run.train_step(step)
         record["seconds"] = time.monotonic() - started
         run.history.append(record)
@@ -203,6 +207,8 @@ def _state_kept(run: Run, folder: Path | None, key: str) -> Iterator[None]:
     try:
         yield
     except (AccuracyError, EnvironmentMissingError) as error:
+        if run.sharded and isinstance(error, EnvironmentMissingError):
+            raise  # with the rank a share of the state is gone; the last one that was saved is whole
         run.save(folder, key)
         if folder and run.ranks.leads:
             error.message += f" The state after step {run.done} is in {folder / FILE}."

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.calibrate.sharded_tensors import share_like, whole
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 MOMENTUM = 0.95
@@ -51,10 +52,11 @@ class StackedMuon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)  # Nesterov
         for stack in stacks(parameters):
-            directions = orthogonal(torch.stack([ahead[i] for i in stack]))
+            # of sharded matrices every rank does the whole product
+            directions = orthogonal(torch.stack([whole(ahead[i]) for i in stack]))
             chosen: list[Tensor] = [parameters[i] for i in stack]
             size = 0.2 * max(chosen[0].shape) ** 0.5  # of AdamW's steps (Liu et al. 2025)
-            found = list(directions.to(chosen[0].dtype).unbind())
+            found = [share_like(d, chosen[0]) for d in directions.to(chosen[0].dtype)]
             torch._foreach_add_(chosen, found, alpha=-rate * size)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:

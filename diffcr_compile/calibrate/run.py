@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffcr_compile.calibrate.block_outputs import BlockOutputs
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.calibrate.distributed import Ranks
 from diffcr_compile.calibrate.ratio_search import RatioSearch
+from diffcr_compile.calibrate.sharded_tensors import is_sharded, whole
 from diffcr_compile.calibrate.state import load_state, save_state
 from diffcr_compile.calibrate.trained import (
     REMEDY,
@@ -32,13 +34,34 @@ from diffcr_compile.progress import Progress
 WARM_START_STATES = 128
 
 
+class StepGraphs:
+    """A program in the forms in which steps run it, over the same modules.
+
+    Attributes:
+        settled: at a fixed schedule.
+        learning: while keep ratios are learned; the `two_bin` estimator needs a second branch then.
+        block_outputs: compares what blocks put out with the dense model's, if the loss asks for it.
+    """
+
+    def __init__(
+        self, program: Program, dense: Program | None, config: CalibrationConfig
+    ) -> None:
+        self.block_outputs = BlockOutputs(program, dense) if dense else None
+        self.settled = self.block_outputs.student if self.block_outputs else program
+        self.learning = (
+            run_passes(self.settled, [BlendTwoBins()])
+            if config.estimator == "two_bin"
+            else self.settled
+        )
+
+
 class Run:
     """One calibration under way."""
 
     def __init__(
         self,
         program: Program,
-        dense: Program | None,
+        graphs: StepGraphs,
         states: TeacherStates,
         by_bucket: list[Tensor],
         config: CalibrationConfig,
@@ -47,18 +70,11 @@ class Run:
         measuring: Progress | None = None,
     ) -> None:
         self.states = states.where(program)
-        self.program, self.by_bucket = program, by_bucket
+        self.program, self.graphs, self.by_bucket = program, graphs, by_bucket
         self.config, self.search, self.ranks = config, search, ranks
         self.measuring = measuring
-        self.block_outputs = BlockOutputs(program, dense) if dense else None
-        self.settled = self.block_outputs.student if self.block_outputs else program
-        # While ratios are learned, two_bin needs its second branch; at a fixed schedule nobody does.
-        self.learning = (
-            run_passes(self.settled, [BlendTwoBins()])
-            if config.estimator == "two_bin"
-            else self.settled
-        )
         self.trained = TrainedParameters(program, config)
+        self.sharded = any(map(is_sharded, program.module.parameters()))
         self.batched = batched_inputs(program)
         self.history: list[dict[str, float]] = []
         self.explained: dict[str, float] = {}
@@ -67,12 +83,17 @@ class Run:
     def begin(self, folder: Path | None, key: str) -> None:
         """Take up the state that rank 0 finds, or start anew; all ranks go on from rank 0's."""
         saved = load_state(folder, key) if folder and self.ranks.leads else None
+        own: dict[str, Tensor] = {}
         if self.ranks.total(1.0 if saved else 0.0) == 0:
             self.start()
-        elif saved:
-            self.restore(*saved)
-        if self.ranks.count > 1:
-            self.restore(*self.ranks.from_leader(*self.state(key)))
+            if self.ranks.count == 1:
+                return
+            tensors, facts = self.state(key)
+            # a rank's shares are nobody else's to say
+            own = {n: t for n, t in tensors.items() if is_sharded(t)}
+            saved = {n: t for n, t in tensors.items() if n not in own}, facts
+        tensors, facts = self.ranks.from_leader(*(saved or ({}, {})), self.trained.share)
+        self.restore({**own, **tensors}, facts)
 
     def start(self) -> None:
         """Routers and shortcuts in closed form; a schedule from measured errors where ratios are not learned."""
@@ -100,7 +121,9 @@ class Run:
             self._solve_by_errors(step)
         bucket = step % len(self.by_bucket)
         between = self.search.set_up(step, bucket)
-        loss = self._loss(step, bucket, self.learning if between else self.settled)
+        loss = self._loss(
+            step, bucket, self.graphs.learning if between else self.graphs.settled
+        )
         whole_loss = self._checked(step, self.ranks.total(loss.item()))
         if loss.requires_grad:  # with train: ratio nothing learns at a fixed schedule
             loss.backward()  # type: ignore[no-untyped-call]
@@ -116,12 +139,25 @@ class Run:
             "mean_keep_ratio": float(self.search.learner.values.mean()),
         }
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Around all that asks other ranks for their shares of the weights: one that is gone is told as such."""
+        return self.ranks.exchanging() if self.sharded else contextlib.nullcontext()
+
     def save(self, folder: Path | None, key: str) -> None:
-        """Leave a state from which the same calibration goes on; rank 0 does."""
-        if folder and self.ranks.leads:
-            tensors, facts = self.state(key)
-            # Tied parameters share memory, which safetensors refuses to write.
-            save_state(folder, {n: t.clone() for n, t in tensors.items()}, facts)
+        """Leave a state from which the same calibration goes on; rank 0 does, of all ranks' shares."""
+        writes = folder is not None and self.ranks.leads
+        if not (writes or self.sharded):
+            return
+        tensors, facts = self.state(key)
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            put_together = whole(tensor)
+            if (
+                writes
+            ):  # copies: tied parameters share memory, which safetensors refuses to write
+                found[name] = put_together.to("cpu", copy=True)
+        if folder is not None and writes:
+            save_state(folder, found, facts)
 
     def state(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that is needed to go on: tensors and JSON-able facts."""
@@ -162,12 +198,15 @@ class Run:
         train_mode(program.module)
         self._seed(step)
         with torch.autocast(
-            answer.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+            answer.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bf16",
+            cache_enabled=not self.sharded,  # it would hold every block's weights at once
         ):
             output = run_flat(program, inputs)[0]
             loss = mse_loss(output.float(), answer.float())
-            if self.block_outputs:
-                loss = loss + self.config.block_outputs * self.block_outputs.distance(inputs)
+            if outputs := self.graphs.block_outputs:
+                loss = loss + self.config.block_outputs * outputs.distance(inputs)
         return loss * weight
 
     def _seed(self, step: int) -> None:

@@ -13,11 +13,12 @@ from diffcr_compile.errors import ArtifactError
 from diffcr_compile.tensor_file import write_tensors
 
 FILE = "state.safetensors"
+FORM = 2  # of the names in the file; another one cannot be read and is not taken up
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and JSON-able facts; a crash leaves the old state or the new one."""
-    write_tensors(folder / FILE, tensors, {"facts": json.dumps(facts)})
+    write_tensors(folder / FILE, tensors, {"facts": json.dumps({**facts, "form": FORM})})
 
 
 def load_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -36,7 +37,7 @@ def load_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-            if facts["key"] != key:
+            if facts["key"] != key or facts.get("form") != FORM:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except Exception as error:

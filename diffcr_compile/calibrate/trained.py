@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffcr_compile.calibrate.lora import MARKS
 from diffcr_compile.calibrate.muon import StackedMuon
+from diffcr_compile.calibrate.sharded_tensors import alike, share_like, total_norm, whole
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.copied import copied
 from diffcr_compile.errors import AccuracyError, UsageError
@@ -59,10 +60,11 @@ class TrainedParameters:
         factor = rate_factor(step, self.config.steps)
         if self.parameters:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             if not bool(norm.isfinite()):
                 raise self._not_finite(step)
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), LARGEST_NORM, norm)
+            for kind in alike(self.parameters.values()):
+                nn.utils.clip_grads_with_norm_(kind, LARGEST_NORM, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -71,17 +73,16 @@ class TrainedParameters:
         decay = min(self.config.ema, (step + 1) / (step + 10))
         if self.parameters:
             with torch.no_grad():  # all at once: one by one they are many launches on a GPU
-                own: list[Tensor] = list(self.parameters.values())
-                torch._foreach_lerp_(
-                    [self.averages[n] for n in self.parameters], own, 1 - decay
-                )
+                own = alike(self.parameters.values())
+                for averages, kind in zip(alike(self.averages.values()), own, strict=True):
+                    torch._foreach_lerp_(averages, kind, 1 - decay)
 
     def _not_finite(self, step: int) -> AccuracyError:
         """Which gradients are not; they are cleared, because the next step would add to them."""
         bad = [
             name
             for name, p in self.parameters.items()
-            if p.grad is not None and not bool(p.grad.isfinite().all())
+            if p.grad is not None and not bool(whole(p.grad).isfinite().all())
         ]
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -99,29 +100,48 @@ class TrainedParameters:
             parameter.copy_(self.averages[name])
 
     def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on, as flat tensors."""
+        """All that is needed to go on, as flat tensors; those of sharded parameters are sharded."""
         state = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"ema.{name}": average for name, average in self.averages.items()}
-        for number, optimizer in enumerate(self.optimizers):
+        for optimizer in self.optimizers:
+            names = self._names_in(optimizer)
             for index, entry in optimizer.state_dict()["state"].items():
-                for name, value in entry.items():
-                    state[f"optimizer.{number}.{index}.{name}"] = torch.as_tensor(value)
+                for key, value in entry.items():
+                    state[f"optimizer.{names[index]}.{key}"] = torch.as_tensor(value)
         return state
+
+    def share(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank needs of a tensor of the state, which is whole: all of it, or a share as its parameter is one."""
+        kind, _, rest = name.partition(".")
+        parameter = rest.rpartition(".")[0] if kind == "optimizer" else rest
+        other = self.parameters.get(parameter)
+        if (
+            other is None or other.shape != tensor.shape
+        ):  # as of a router that is not trained; a number of steps
+            return tensor
+        return share_like(tensor, other)
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """The reverse of :meth:`state`."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weights.{name}"])
-            self.averages[name] = state[f"ema.{name}"].to(parameter.device)
-        for number, optimizer in enumerate(self.optimizers):
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in state.items():
-                if key.startswith(f"optimizer.{number}."):
-                    _, _, index, name = key.split(".", 3)
-                    entries.setdefault(int(index), {})[name] = tensor
+            self.averages[name] = share_like(state[f"ema.{name}"], parameter)
+        entries: dict[str, dict[str, Tensor]] = {}  # by parameter
+        for place, tensor in state.items():
+            if place.startswith("optimizer."):
+                name, _, key = place.removeprefix("optimizer.").rpartition(".")
+                entries.setdefault(name, {})[key] = self.share(place, tensor)
+        for optimizer in self.optimizers:
+            names = enumerate(self._names_in(optimizer))
+            found = {index: entries[name] for index, name in names if name in entries}
             groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": entries, "param_groups": groups})
+            optimizer.load_state_dict({"state": found, "param_groups": groups})
+
+    def _names_in(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in its own order."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 @contextlib.contextmanager
@@ -237,21 +257,19 @@ def make_optimizers(
             for name, p in trained.items()
             if p.ndim == 2 and name.startswith(inside) and id(p) not in routers
         }
+    others = [p for p in trained.values() if id(p) not in routers | matrices.keys()]
     groups = [
-        _group([p for p in trained.values() if id(p) in routers], config.lr_router),
-        _group(
-            [p for p in trained.values() if id(p) not in routers | matrices.keys()],
-            config.lr_weights,
-        ),
+        *_groups([p for p in trained.values() if id(p) in routers], config.lr_router),
+        *_groups(others, config.lr_weights),
     ]
     made: list[torch.optim.Optimizer] = []
-    filled = [group for group in groups if group["params"]]
-    if filled:
-        made.append(torch.optim.AdamW(filled, betas=BETAS, weight_decay=0.0))
+    if groups:
+        made.append(torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0))
     if matrices:
-        made.append(StackedMuon([_group(list(matrices.values()), config.lr_weights)]))
+        made.append(StackedMuon(_groups(list(matrices.values()), config.lr_weights)))
     return made
 
 
-def _group(parameters: list[nn.Parameter], rate: float) -> dict[str, Any]:
-    return {"params": parameters, "lr": rate, "base_lr": rate}
+def _groups(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """Groups of one rate; sharded parameters have one of their own, as an optimizer updates a group at once."""
+    return [{"params": kind, "lr": rate, "base_lr": rate} for kind in alike(parameters)]

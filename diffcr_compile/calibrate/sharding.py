@@ -1,0 +1,84 @@
+"""Fully sharded training (FSDP, Zhao et al. 2023): every rank holds a share of each routed block's weights.
+
+So does it of their gradients, of the optimizers' moments and of the moving averages. A block is put together from all
+ranks just before it runs, in the forward and again in the backward, and let go of behind it. The graph is captured,
+calibrated and frozen as ever: blocks are sharded when a calibration begins and whole again at its end.
+
+What is not inside a routed block (embeddings, routers) is small and stays whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.sharded_tensors import whole
+from diffcr_compile.copied import copied
+from diffcr_compile.errors import UsageError
+from diffcr_compile.program import Program
+
+
+@contextlib.contextmanager
+def sharded_blocks(program: Program, ranks: Ranks) -> Iterator[None]:
+    """The weights of a program's routed blocks are shared out among the ranks while the context lasts.
+
+    Args:
+        program: ROUTED, with weights of its own, the same on every rank. Should the context fail, these are gone. No graph may
+            be made from it meanwhile: passes run blocks on tensors without numbers, and blocks ask other ranks for theirs.
+        ranks: more than one.
+
+    Raises:
+        UsageError: there is one rank only, or no block whose weights nothing else uses.
+    """
+    if ranks.count == 1:
+        raise UsageError(
+            "calibration.shard shares weights out among processes, and this is the only one: start the command "
+            "under torchrun (docs/training.md), or set calibration.shard: false",
+            code="DCR-U079",
+        )
+    # half a second to import, which nobody else should wait for
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(program.device.type, (ranks.count,))
+    module = program.module
+    whole_blocks: dict[str, nn.Module] = {}
+    for name in _shardable(program):
+        block = module.get_submodule(name)
+        # there is no way back from a sharded module: another one around the same parameters waits for what is learned
+        whole_blocks[name] = copied(block, {id(p): p for p in block.parameters()})
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        for parameter in whole_blocks[name].parameters():
+            parameter.data = parameter.data.new_empty(0)
+    yield
+    for name, block in whole_blocks.items():
+        learned = module.get_submodule(name)
+        for key, parameter in block.named_parameters():
+            parameter.data = whole(learned.get_parameter(key).detach())
+        module.set_submodule(name, block.train(learned.training))
+
+
+def _shardable(program: Program) -> list[str]:
+    """Routed blocks with parameters that nothing else uses, be it another module or the graph itself."""
+    module = program.module
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    direct = [str(node.target) for node in program.graph.find_nodes(op="get_attr")]
+    found = []
+    for spec in program.blocks:
+        block = module.get_submodule(spec.name)
+        own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
+        read = any(target.startswith(f"{spec.name}.") for target in direct)
+        if own and not read and all(uses[p] == own[p] for p in own):
+            found.append(spec.name)
+    if not found:
+        raise UsageError(
+            "calibration.shard shares out the weights of routed blocks, and this model has none whose weights are "
+            "its own: all are used by other modules too, or by the graph. Set calibration.shard: false; checkpointing and "
+            "precision: bf16 take less memory as well",
+            code="DCR-U079",
+        )
+    return found

@@ -144,8 +144,10 @@ _ROWS = (
      "Call .float() on the model and give fp32 inputs; calibration.precision: bf16 brings the speed back. Or set calibration.train to router."),
     ("DCR-U078", "an argument is something else", "A public function was given another kind of object, or another word, than it takes.",
      "The message says which argument and what is expected."),
-    ("DCR-U079", "weights that cannot be shared out", "calibration.shard needs several processes, and routed blocks whose weights are used by nothing else.",
+    ("DCR-U079", "weights that cannot be shared out", "calibration.shard needs several processes, and routed blocks whose weights nothing else uses and the blocks do not write to.",
      "Start the command under torchrun; or set calibration.shard: false."),
+    ("DCR-U080", "a block needs more tokens", "Something inside it, such as a top-k of its own, needs more tokens than the smallest keep ratio leaves it.",
+     "Raise routing.min_keep_ratio."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",
@@ -156,6 +158,8 @@ _ROWS = (
      "Read the reasons of diffcr lint; compile again with export.target set to the device."),
     ("DCR-M004", "TensorRT refuses a graph", "Its parser or its builder does not take an operator, a type or a size; the message says which.",
      "Run diffcr lint --target for the device; compile again with export.target set to it."),
+    ("DCR-M005", "the model has no gradients", "It writes in place into a tensor that its own backward needs; as an eager model it cannot be trained either.",
+     "Write out of place where torch says (y = y + z for y += z), or calibrate without steps (--steps 0)."),
     ("DCR-C000", "the model cannot be captured", "torch.export gives no static graph of it: branches on values, numbers read from tensors.",
      "Move what the message names out of forward, or make it depend on shapes only."),
     # ---------------------------------------------------------------- environment, exit status 4

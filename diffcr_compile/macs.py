@@ -19,7 +19,7 @@ from diffcr_compile.blocks import BlockSpec, get_leaf, leaves
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.data_dependent import DATA_DEPENDENT, needs_values
 from diffcr_compile.dynamo_state import forgotten_failures
-from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.kept_caches import kept_caches
 from diffcr_compile.program import Program, Stage, selector_name, shortcut_name, tensor_args
 from diffcr_compile.routing import Selection
@@ -88,6 +88,7 @@ def measure_costs(
 
     Raises:
         UnsupportedModelError: sizes in the graph depend on values.
+        UsageError: a block does not run with one of the numbers of tokens.
     """
     levels = levels_of_blocks(
         program, multiple_of, min_keep_ratio, max_keep_ratio, skip_blocks=skip_blocks
@@ -285,7 +286,17 @@ class _BlockCounter(fx.Interpreter):
             (tuple(args), dict(kwargs)), (spec.stream, *spec.aligned), index, spec.num_tokens
         )
         before = self.counter.get_total_flops()
-        super().call_module(spec.name, cut_args, cut_kwargs)
+        try:
+            super().call_module(spec.name, cut_args, cut_kwargs)
+        except DATA_DEPENDENT:
+            raise
+        except Exception as error:  # whatever a user's module raises
+            raise UsageError(
+                f"{spec.name} does not run with {kept} of its {spec.num_tokens} tokens ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no message'}). Raise routing.min_keep_ratio until every "
+                "number of tokens is enough for it, and set routing.skip_blocks: false",
+                code="DCR-U080",
+            ) from error
         return float(self.counter.get_total_flops() - before)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.distributed import joined_ranks
@@ -24,10 +25,21 @@ from diffcr_compile.calibrate.sharded_tensors import is_sharded
 from diffcr_compile.calibrate.trained import TrainedParameters
 from diffcr_compile.config import CompileConfig, make_config
 from diffcr_compile.errors import DiffCRError
-from tests import models
+from tests import model_parts, models
 
 STEPS = 50
 BATCH = 5  # does not divide by two: shares of 3 and 2
+
+
+class ScaledBlock(model_parts.Block):
+    """With a parameter that cannot be split, and an output that is a view."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, *args: Any) -> Tensor:
+        return (self.scale * super().forward(*args)).flatten().reshape(args[0].shape)
 
 
 def settings(changes: dict[str, Any]) -> CompileConfig:
@@ -43,7 +55,7 @@ def calibrate(
     folder: Path | None, changes: dict[str, Any], progress: Any = None
 ) -> tuple[Any, Any]:
     """The routed graph and what was learned."""
-    model, inputs = models.plain()
+    model, inputs = models.plain(block=ScaledBlock)
     config = settings(changes)
     routed = dcr.route(model, inputs, config.routing)
     result = dcr.calibrate(

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from diffcr_compile.calibrate.data import TeacherStates
-from diffcr_compile.calibrate.distributed import Ranks, _bit_sum, _in_buckets, joined_ranks
+from diffcr_compile.calibrate.distributed import Ranks, _in_buckets, bit_sum, joined_ranks
 from diffcr_compile.calibrate.loop import run_calibration
-from diffcr_compile.calibrate.sharding import _shardable
+from diffcr_compile.calibrate.sharding import _shardable, _Watched
 from diffcr_compile.calibrate.shards import made_in_shards
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import ArtifactError, UsageError
@@ -231,8 +232,8 @@ def test_one_bit_tells_tensors_apart_and_order_does_not(dtype: torch.dtype) -> N
     tensor = torch.arange(1, 50).to(dtype)
     other = tensor.clone()
     other.view(torch.uint8)[7] ^= 1
-    assert _bit_sum(tensor) != _bit_sum(other)
-    assert _bit_sum(tensor) == _bit_sum(tensor.flip(0)) == _bit_sum(tensor[::1].contiguous())
+    assert bit_sum(tensor) != bit_sum(other)
+    assert bit_sum(tensor) == bit_sum(tensor.flip(0)) == bit_sum(tensor[::1].contiguous())
 
 
 def test_ranks_that_start_from_different_things_are_refused(runs: Runs) -> None:
@@ -272,6 +273,25 @@ def test_blocks_whose_weights_are_used_elsewhere_stay_whole(
         assert caught.value.code == "DCR-U079"
     finally:
         first.mlp = own
+
+
+def test_a_block_that_writes_to_its_weights_is_not_sharded() -> None:
+    class KeptNormalised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.weight.data.div_(self.weight.norm())
+            return super().forward(x)
+
+    block = KeptNormalised(3, 3)
+    _Watched("blocks.7", block)
+    block.eval()(torch.ones(3))
+    block.train()
+    with pytest.raises(UsageError, match=r"blocks\.7 writes to its own weights") as caught:
+        block(torch.ones(3))
+    assert caught.value.code == "DCR-U079"
+    plain = nn.Linear(3, 3)
+    _Watched("blocks.7", plain)
+    assert torch.equal(plain(torch.ones(3)), plain(torch.ones(3)))
 
 
 def test_one_process_is_a_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import diffcr_compile as dcr
+from diffcr_compile.errors import UsageError
 from diffcr_compile.macs import keep_levels, measure_costs
-from tests.model_parts import OwnDiT, inputs_for
+from tests.model_parts import Block, OwnDiT, inputs_for
 
 
 def dit_block_macs(kept: int, width: int) -> int:
@@ -127,3 +128,18 @@ def test_fused_layers_of_torch_cost_what_the_formula_says(
     (planned,) = dcr.inspect(model, inputs).details
     assert planned.macs == formula(36)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class SixBestBlock(Block):
+    """Looks at its six largest tokens: fewer are an error of torch's."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + x.topk(6, dim=1).values.mean(1, keepdim=True)
+
+
+def test_a_block_that_needs_more_tokens_than_the_smallest_keep_ratio_is_named() -> None:
+    program = dcr.route(OwnDiT(block=SixBestBlock).eval(), inputs_for()).program
+    measure_costs(program, multiple_of=2, min_keep_ratio=6 / 36)
+    with pytest.raises(UsageError, match=r"blocks\.0 does not run with 4 of its 36") as caught:
+        measure_costs(program, multiple_of=2, min_keep_ratio=4 / 36)
+    assert caught.value.code == "DCR-U080"

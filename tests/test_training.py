@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import diffcr_compile as dcr
 from diffcr_compile.calibrate.block_outputs import BlockOutputs, dense_twin
 from diffcr_compile.calibrate.check_states import check_states
 from diffcr_compile.calibrate.checkpointing import recomputed_blocks
@@ -44,6 +45,7 @@ from diffcr_compile.errors import (
     DiffCRError,
     EnvironmentMissingError,
     ResourceError,
+    UnsupportedModelError,
     UsageError,
 )
 from diffcr_compile.macs import measure_costs
@@ -52,6 +54,7 @@ from diffcr_compile.resumable import load_trained, save_trained
 from diffcr_compile.schedule import CostTable, TimestepBuckets
 from diffcr_compile.stages import routed_program, teacher_states
 from tests.conftest import Case
+from tests.model_parts import Block, OwnDiT, inputs_for
 
 BUCKETS = TimestepBuckets.even(2, 0.0, 1.0)
 FAST = {"steps": 8, "batch": 4, "save_every": 4, "settle": 0.5, "ratios": "gradient"}
@@ -741,3 +744,28 @@ def test_a_random_router_is_measured_alike_every_time(
         schedules.add((str(found.schedule.kept_tokens), found.keep_ratios.values.tobytes()))
         torch.manual_seed(7)
     assert len(schedules) == 1
+
+
+class InPlaceBlock(Block):
+    """Overwrites a tensor that its own backward needs."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        y = args[0] + self.attention(self.norm(args[0]))
+        y += self.mlp(self.norm(y))
+        return y
+
+
+@pytest.mark.parametrize("train", ["router", "all"])
+def test_a_model_without_gradients_says_so_and_is_calibrated_without_steps(
+    states: TeacherStates, train: str
+) -> None:
+    program = dcr.route(OwnDiT(block=InPlaceBlock).eval(), inputs_for()).program
+    costs, buckets = measure_costs(program, 4, 0.25), TimestepBuckets.even(2, 0.0, 1.0)
+    config = CalibrationConfig(steps=4, batch=4, train=train)
+    with pytest.raises(UnsupportedModelError, match="in place") as caught:
+        run_calibration(program, states, config, costs, buckets, 0.8)
+    assert caught.value.code == "DCR-M005"
+    config = CalibrationConfig(steps=0, batch=4, train=train)
+    assert (
+        run_calibration(program, states, config, costs, buckets, 0.8).schedule.reached <= 0.8
+    )

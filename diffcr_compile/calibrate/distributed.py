@@ -147,7 +147,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        mine = torch.tensor([sum(_bit_sum(tensor) for tensor in tensors) % 2**62])
+        mine = torch.tensor([sum(bit_sum(tensor) for tensor in tensors) % 2**62])
         with _everybody_there():
             every = [torch.empty_like(mine) for _ in range(self.count)]
             dist.all_gather(every, mine, group=self.control)
@@ -237,7 +237,7 @@ def _in_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield part
 
 
-def _bit_sum(tensor: Tensor) -> int:
+def bit_sum(tensor: Tensor) -> int:
     """The sum of a tensor's elements, their bits read as integers: exact in any order."""
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     flat = tensor.detach().contiguous().flatten()

@@ -24,6 +24,7 @@ from diffcr_compile.calibrate.trained import (
     train_mode,
 )
 from diffcr_compile.calibrate.warm_start import warm_start
+from diffcr_compile.calibrate.writes_in_place import writes_in_place_in_words
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.errors import AccuracyError
 from diffcr_compile.passes.base import run_passes
@@ -126,7 +127,8 @@ class Run:
         )
         whole_loss = self._checked(step, self.ranks.total(loss.item()))
         if loss.requires_grad:  # with train: ratio nothing learns at a fixed schedule
-            loss.backward()  # type: ignore[no-untyped-call]
+            with writes_in_place_in_words():
+                loss.backward()  # type: ignore[no-untyped-call]
         self._sum_gradients(step, self.search.learner.blends if between else [])
         self.trained.update(step)
         self.search.update(bucket)

@@ -4,7 +4,7 @@ So does it of their gradients, of the optimizers' moments and of the moving aver
 ranks just before it runs, in the forward and again in the backward, and let go of behind it. The graph is captured,
 calibrated and frozen as ever: blocks are sharded when a calibration begins and whole again at its end.
 
-What is not inside a routed block (embeddings, routers) is small and stays whole.
+What is not inside a routed block (embeddings, routers) is small and stays whole; so do single numbers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from diffcr_compile.calibrate.distributed import Ranks
+from diffcr_compile.calibrate.distributed import Ranks, bit_sum
 from diffcr_compile.calibrate.sharded_tensors import whole
 from diffcr_compile.copied import copied
 from diffcr_compile.errors import UsageError
@@ -32,7 +34,8 @@ def sharded_blocks(program: Program, ranks: Ranks) -> Iterator[None]:
         ranks: more than one.
 
     Raises:
-        UsageError: there is one rank only, or no block whose weights nothing else uses.
+        UsageError: there is one rank only, or no block whose weights nothing else uses; in the first step: a block writes to
+            its own weights.
     """
     if ranks.count == 1:
         raise UsageError(
@@ -51,8 +54,12 @@ def sharded_blocks(program: Program, ranks: Ranks) -> Iterator[None]:
         block = module.get_submodule(name)
         # there is no way back from a sharded module: another one around the same parameters waits for what is learned
         whole_blocks[name] = copied(block, {id(p): p for p in block.parameters()})
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        for parameter in whole_blocks[name].parameters():
+        _Watched(name, block)
+        scalars = {p for p in block.parameters() if p.ndim == 0}  # cannot be split
+        fully_shard(
+            block, mesh=mesh, reshard_after_forward=True, ignored_params=scalars or None
+        )
+        for parameter in set(whole_blocks[name].parameters()) - scalars:
             parameter.data = parameter.data.new_empty(0)
     yield
     for name, block in whole_blocks.items():
@@ -60,6 +67,35 @@ def sharded_blocks(program: Program, ranks: Ranks) -> Iterator[None]:
         for key, parameter in block.named_parameters():
             parameter.data = whole(learned.get_parameter(key).detach())
         module.set_submodule(name, block.train(learned.training))
+
+
+class _Watched:
+    """Two habits of blocks that FSDP would answer with wrong numbers; to be put on a block before FSDP is."""
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        self.name, self.bits, self.is_known = name, 0, False
+        block.register_forward_pre_hook(self.before)
+        block.register_forward_hook(self.after)
+
+    def before(self, block: nn.Module, _: Any) -> None:
+        """Its weights are whole by now."""
+        if block.training and not self.is_known:
+            self.bits = sum(map(bit_sum, block.parameters()))
+
+    def after(self, block: nn.Module, _: Any, output: Any) -> Any:
+        """Its weights are whole still."""
+        if block.training and not self.is_known:
+            self.is_known = True
+            if self.bits != sum(map(bit_sum, block.parameters())):
+                raise UsageError(
+                    f"{self.name} writes to its own weights while it trains, as weights that are kept normalised do. It would "
+                    "write to weights that are put together for the moment, and in vain: set calibration.shard: false",
+                    code="DCR-U079",
+                )
+        # FSDP puts weights together for the backward by hooks on outputs, which a later write into a view would drop
+        return tree_map_only(
+            Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, output
+        )
 
 
 def _shardable(program: Program) -> list[str]:

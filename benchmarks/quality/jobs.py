@@ -21,9 +21,7 @@ from benchmarks.quality.settings import (
     EARLY_FLOOR,
     FLOOR,
     FULL,
-    OTHER_SETTINGS,
     QUARTER,
-    ROUTED,
     SHORTCUTS,
     TRAINING_FREE_SHORTCUTS,
     TWO_BINS,
@@ -34,7 +32,7 @@ from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 SHEET = 40  # images that are kept for the sample sheets
-# What others do, and what is done without training: at every budget.
+# What others do, and what is done without training.
 OTHERS = (
     "paper's recipe",
     "tokens merged (2-D ToMe)",
@@ -51,75 +49,73 @@ ON_IMAGES = (
     "random router",
     "ratios from measured errors",
 )
-# At the first budget only: what training costs.
-FIFTH = "ours, a fifth of the steps"
-DENSE = ("dense", "dense, fine-tuned")
-TRAINED_DENSE = ("dense, fine-tuned", "dense" + DISTILLED)
-EARLIER_SETTLED = (EARLY + DISTILLED, EARLY_FLOOR + DISTILLED)
-STEPS_DISTILLED = tuple(
-    name for name in ROUTED if name.endswith(DISTILLED) and name not in OTHER_SETTINGS
-)
+UNIFORM = "uniform (Mixture-of-Depths)" + DISTILLED
+DROPPED = "blocks dropped" + DISTILLED
+RANDOM = "random router" + DISTILLED
+ERRORS = "ratios from measured errors" + DISTILLED
+STEPS_DISTILLED = ("ours" + DISTILLED, UNIFORM, DROPPED, RANDOM, ERRORS)
 # With many steps, where leaving steps out is cheap.
-MANY = ("dense", "ours", "dense, fewer steps", "steps reuse blocks", "blocks dropped")
+MANY = ("ours", "dense, fewer steps", "steps reuse blocks")
 
 
 def jobs(scale: Scale) -> list[list[Job]]:
-    """All of them in groups, the most telling first: an interrupted comparison then has a table worth reading."""
+    """All of them in groups, the most telling first: an interrupted comparison then has a table worth reading.
+
+    A run takes ten minutes to an hour of a CPU core. So three seeds are for what is compared closely; one seed is for what the
+    short training or another budget has settled already.
+    """
     first, *rest = scale.budgets
-    one, few = scale.seeds[0], scale.few
+    every, two, one, few = scale.seeds, scale.seeds[:2], scale.seeds[:1], scale.few
+
+    def runs(
+        variants: Sequence[str],
+        budgets: Sequence[float],
+        seeds: Sequence[int] = every,
+        training: float = FULL,
+    ) -> list[Job]:
+        return [
+            Job(name, budget, seed, few, training=training)
+            for budget in budgets
+            for seed in seeds
+            for name in variants
+        ]
+
+    dense, main, tight, loose = (1.0,), (first,), rest[:1], rest[1:]
     groups = [
         [
-            *with_all_seeds(("dense", *TRAINED_DENSE), (1.0,), scale),
-            *with_all_seeds((*ON_IMAGES, *OTHERS), (first,), scale),
-            *with_all_seeds((*STEPS_DISTILLED, *EARLIER_SETTLED, FIFTH), (first,), scale),
-            Job(FLOOR + DISTILLED, first, one, few),
-            *with_all_seeds((*OTHERS, *STEPS_DISTILLED), rest[:1], scale),
+            *runs(("dense", "dense, fine-tuned"), dense),
+            *runs(("dense" + DISTILLED,), dense, one),
+            *runs(ON_IMAGES[:3], main),
+            *runs(ON_IMAGES[3:], main, two),
+            *runs(OTHERS[:4], main),
+            *runs(("training-free",), main, two),
+            *runs((TRAINING_FREE_SHORTCUTS,), main, one),
+            *runs(("ours" + DISTILLED, UNIFORM, EARLY + DISTILLED), main),
+            *runs((EARLY_FLOOR + DISTILLED, "ours, a fifth of the steps"), main),
+            *runs((ERRORS,), main, two),
+            *runs((DROPPED, RANDOM, FLOOR + DISTILLED), main, one),
+            *runs((*OTHERS[:4], UNIFORM, DROPPED, ERRORS), tight),
+            *runs(("ours" + DISTILLED,), tight, two),
+            *runs((RANDOM,), tight, one),
         ],
         [
-            *with_all_seeds(TRAINED_DENSE, (1.0,), scale, QUARTER),
-            *with_all_seeds(
-                (*STEPS_DISTILLED, TWO_BINS + DISTILLED, FLOOR + DISTILLED),
-                (first,),
-                scale,
-                QUARTER,
-            ),
-            Job(EARLY_FLOOR + DISTILLED, first, one, few, training=QUARTER),
-            *with_all_seeds((SHORTCUTS + DISTILLED,), (first, *rest[:1]), scale, QUARTER),
-            *with_all_seeds(("ours" + DISTILLED,), rest[:1], scale, QUARTER),
-            *(
-                Job(name, budget, one, few, training=QUARTER)
-                for budget in rest
-                for name in STEPS_DISTILLED
-            ),
+            *runs(("dense, fine-tuned",), dense, every, QUARTER),
+            *runs(("dense" + DISTILLED,), dense, one, QUARTER),
+            *runs((*STEPS_DISTILLED, FLOOR + DISTILLED), main, every, QUARTER),
+            *runs((TWO_BINS + DISTILLED,), main, two, QUARTER),
+            *runs((EARLY_FLOOR + DISTILLED, SHORTCUTS + DISTILLED), main, one, QUARTER),
+            *runs(("ours" + DISTILLED, SHORTCUTS + DISTILLED), tight, every, QUARTER),
+            *runs((UNIFORM, DROPPED, RANDOM, ERRORS), tight, one, QUARTER),
+            *runs(("ours" + DISTILLED, UNIFORM), loose, one, QUARTER),
         ],
-        with_all_seeds(
-            ("ours" + DISTILLED, "uniform (Mixture-of-Depths)" + DISTILLED),
-            (first,),
-            scale,
-            BY_DEFAULT,
-        ),
+        runs(("ours" + DISTILLED, UNIFORM), main, every, BY_DEFAULT),
         inpainting(scale),
-        [Job(name, 1.0 if name == "dense" else first, one, scale.many) for name in MANY],
-        [Job("dense", 1.0, one, steps) for steps in scale.dense_steps if steps != few],
-        [
-            Job(name, budget, one, few, training=shortest(name))
-            for budget in rest[1:]
-            for name in OTHERS
-        ],
+        [Job("dense", 1.0, *one, steps) for steps in (*scale.dense_steps, scale.many)],
+        [Job(name, first, *one, scale.many, training=shortest(name)) for name in MANY],
+        runs(OTHERS[1:5], loose, one),
     ]
     seen: set[Job] = set()
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
-
-
-def with_all_seeds(
-    variants: Sequence[str], budgets: Sequence[float], scale: Scale, training: float = FULL
-) -> list[Job]:
-    return [
-        Job(name, budget, seed, scale.few, training=training)
-        for budget in budgets
-        for seed in scale.seeds
-        for name in variants
-    ]
 
 
 def shortest(variant: str) -> float:
@@ -130,7 +126,9 @@ def shortest(variant: str) -> float:
 def inpainting(scale: Scale) -> list[Job]:
     """The second task: the first budget, one seed. What is trained has the short training, and ours the long one too."""
     first, one, few = scale.budgets[0], scale.seeds[0], scale.few
-    shares = dict.fromkeys(DENSE, 1.0) | dict.fromkeys((*ON_IMAGES, *OTHERS), first)
+    shares = {"dense": 1.0, "dense, fine-tuned": 1.0} | dict.fromkeys(
+        (*ON_IMAGES[:3], *OTHERS[:5]), first
+    )
     return [
         *(
             Job(name, share, one, few, "inpainting", shortest(name))

@@ -61,6 +61,8 @@ ROUTED[EARLY_FLOOR] = {**ROUTED[EARLY], **ROUTED[FLOOR]}
 # Bypassed tokens take a linear map.
 SHORTCUTS = "ours, shortcuts"
 ROUTED[SHORTCUTS] = ROUTED[TRAINING_FREE_SHORTCUTS]
+ERRORS_SHORTCUTS = "ratios from measured errors, shortcuts"
+ROUTED[ERRORS_SHORTCUTS] = {**ROUTED[SHORTCUTS], **FROM_ERRORS}
 # Trained towards the dense model's own sampling in smaller steps (``rollouts.substeps``) in the place of images.
 DISTILLED = ", steps distilled"
 ROUTED |= {
@@ -76,11 +78,13 @@ ROUTED |= {
         FLOOR,
         EARLY_FLOOR,
         SHORTCUTS,
+        ERRORS_SHORTCUTS,
     )
 }
 # Other settings of ours, each where it says something.
 OTHER_SETTINGS = tuple(
-    name + DISTILLED for name in (TWO_BINS, EARLY, FLOOR, EARLY_FLOOR, SHORTCUTS)
+    name + DISTILLED
+    for name in (TWO_BINS, EARLY, FLOOR, EARLY_FLOOR, SHORTCUTS, ERRORS_SHORTCUTS)
 )
 # Share of the training steps that all others have.
 STEP_SHARES = {

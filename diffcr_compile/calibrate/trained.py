@@ -113,13 +113,10 @@ class TrainedParameters:
     def share(self, name: str, tensor: Tensor) -> Tensor:
         """What this rank needs of a tensor of the state, which is whole: all of it, or a share as its parameter is one."""
         kind, _, rest = name.partition(".")
-        parameter = rest.rpartition(".")[0] if kind == "optimizer" else rest
-        other = self.parameters.get(parameter)
-        if (
-            other is None or other.shape != tensor.shape
-        ):  # as of a router that is not trained; a number of steps
+        parameter, _, key = rest.rpartition(".") if kind == "optimizer" else (rest, "", "")
+        if parameter not in self.parameters or key == "step":  # which stays on the CPU
             return tensor
-        return share_like(tensor, other)
+        return share_like(tensor, self.parameters[parameter])
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:

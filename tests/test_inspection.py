@@ -351,13 +351,28 @@ def test_the_estimate_of_adapters_follows_their_rank() -> None:
     """One layer of 64 by 64 weights, routed with one router of 64."""
     sizes = ModelSizes(
         weights=4 * 64 * 64, routing=4 * 64, width=64, blocks=1, inputs=0, inputs_per_sample=0,
-        outputs_per_sample=0, forward=0, batch=1,
+        outputs_per_sample=0, forward=2000, batch=1,
     )  # fmt: skip
     config = make_config({"calibration": {"train": "lora", "lora_rank": 4}})
     adapters = 4 * (64 * 4 + 4 * 64)
     found = estimate(sizes, config, None)
     merged = 2 * sizes.weights
     assert found.calibrate - found.calibrate_routers == 9 * adapters + merged - sizes.weights
+
+
+@pytest.mark.parametrize(("rank", "matrices"), [(0, 1), (16, 2)])
+def test_where_little_is_trained_the_warm_start_holds_most(rank: int, matrices: int) -> None:
+    """Least squares hold matrices of 64 by 64 in float64, per block."""
+    sizes = ModelSizes(
+        weights=5000, routing=100, width=64, blocks=3, inputs=0, inputs_per_sample=0,
+        outputs_per_sample=0, forward=70, batch=1,
+    )  # fmt: skip
+    config = make_config(
+        {"calibration": {"train": "router"}, "routing": {"shortcut_rank": rank}}
+    )
+    found = estimate(sizes, config, None)
+    matrix = 64 * 64 * 8
+    assert found.calibrate == 450_000_000 + 5000 + 2 * 100 + 3 * matrices * matrix + 70
 
 
 def test_estimates_of_the_demo_are_near_what_was_measured() -> None:

@@ -44,20 +44,32 @@ def warm_start(
         Per block: the share in [0, 1] of the variance of the log size of what is left of the residual that the router
         explains, per sample.
     """
+    if program.module.shortcuts:
+        _start_shortcuts(program, states, chosen, batch)
+    return _start_routers(program, states, chosen, batch)
+
+
+def _start_shortcuts(
+    program: Program, states: TeacherStates, chosen: Tensor, batch: int
+) -> None:
+    fits = {spec.name: ShortcutFit(spec.width) for spec in program.blocks}
+    observers = {name: fit.add for name, fit in fits.items()}
+    _observe(program, states, chosen, batch, observers)
+    for name, shortcut in program.module.shortcuts.items():
+        if not fits[name].is_finite:
+            raise AccuracyError(
+                f"{name}: what it is given or puts out is NaN or infinite on some calibration states, so no shortcut can "
+                "be fitted. Look for very large values in the model's weights, inputs and data, run the model in "
+                "float32, or set routing.shortcut_rank: 0",
+                code="DCR-Q010",
+            )
+        fits[name].put_into(shortcut)
+
+
+def _start_routers(
+    program: Program, states: TeacherStates, chosen: Tensor, batch: int
+) -> dict[str, float]:
     shortcuts = program.module.shortcuts
-    if shortcuts:
-        fits = {spec.name: ShortcutFit(spec.width) for spec in program.blocks}
-        observers = {name: fit.add for name, fit in fits.items()}
-        _observe(program, states, chosen, batch, observers)
-        for name, shortcut in shortcuts.items():
-            if not fits[name].is_finite:
-                raise AccuracyError(
-                    f"{name}: what it is given or puts out is NaN or infinite on some calibration states, so no shortcut can "
-                    "be fitted. Look for very large values in the model's weights, inputs and data, run the model in "
-                    "float32, or set routing.shortcut_rank: 0",
-                    code="DCR-Q010",
-                )
-            fits[name].put_into(shortcut)
     sizes = {
         spec.name: _SizeFit(spec.width, shortcuts.get(spec.name)) for spec in program.blocks
     }

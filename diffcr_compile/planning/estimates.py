@@ -123,7 +123,12 @@ def _calibrate(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:
     weights = sizes.weights * (2 if train == "lora" else 1)
     tensors = weights + 5 * trained + STATE_COPIES * trained
     activations = config.calibration.batch * sizes.forward
-    return RUNTIME_BYTES + tensors + activations
+    # At the warm start there is none of the training yet, but a float64 matrix per block, two while shortcuts are fitted.
+    matrices = 2 if config.routing.shortcut_rank else 1
+    fits = sizes.blocks * matrices * 8 * sizes.width**2
+    return RUNTIME_BYTES + max(
+        tensors + activations, sizes.weights + 2 * trained + fits + sizes.forward
+    )
 
 
 def _trained(sizes: ModelSizes, config: CompileConfig, train: Train) -> int:

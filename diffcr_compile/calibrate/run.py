@@ -153,7 +153,8 @@ class Run:
         tensors, facts = self.state(key)
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            put_together = whole(tensor)
+            with self.together():
+                put_together = whole(tensor)
             if (
                 writes
             ):  # copies: tied parameters share memory, which safetensors refuses to write

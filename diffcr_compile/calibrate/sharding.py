@@ -62,11 +62,12 @@ def sharded_blocks(program: Program, ranks: Ranks) -> Iterator[None]:
         for parameter in set(whole_blocks[name].parameters()) - scalars:
             parameter.data = parameter.data.new_empty(0)
     yield
-    for name, block in whole_blocks.items():
-        learned = module.get_submodule(name)
-        for key, parameter in block.named_parameters():
-            parameter.data = whole(learned.get_parameter(key).detach())
-        module.set_submodule(name, block.train(learned.training))
+    with ranks.exchanging():
+        for name, block in whole_blocks.items():
+            learned = module.get_submodule(name)
+            for key, parameter in block.named_parameters():
+                parameter.data = whole(learned.get_parameter(key).detach())
+            module.set_submodule(name, block.train(learned.training))
 
 
 class _Watched:
@@ -99,7 +100,7 @@ class _Watched:
 
 
 def _shardable(program: Program) -> list[str]:
-    """Routed blocks with parameters that nothing else uses, be it another module or the graph itself."""
+    """Routed blocks with real parameters of one type that nothing else uses, be it another module or the graph itself."""
     module = program.module
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     direct = [str(node.target) for node in program.graph.find_nodes(op="get_attr")]
@@ -108,13 +109,17 @@ def _shardable(program: Program) -> list[str]:
         block = module.get_submodule(spec.name)
         own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
         read = any(target.startswith(f"{spec.name}.") for target in direct)
-        if own and not read and all(uses[p] == own[p] for p in own):
+        kinds = {
+            p.dtype for p in block.parameters()
+        }  # FSDP takes one, and sends no complex numbers
+        alone = own and not read and all(uses[p] == own[p] for p in own)
+        if alone and len(kinds) == 1 and all(kind.is_floating_point for kind in kinds):
             found.append(spec.name)
     if not found:
         raise UsageError(
             "calibration.shard shares out the weights of routed blocks, and this model has none whose weights are "
-            "its own: all are used by other modules too, or by the graph. Set calibration.shard: false; checkpointing and "
-            "precision: bf16 take less memory as well",
+            "its own: all are used by other modules too, or by the graph, or are real numbers of several types. Set "
+            "calibration.shard: false; checkpointing and precision: bf16 take less memory as well",
             code="DCR-U079",
         )
     return found

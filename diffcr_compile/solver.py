@@ -23,6 +23,8 @@ from diffcr_compile.schedule import (
 UNUSED_SHARE = 0.004
 # Costs are rounded up to this share of the budget per cell, so a solution is never over budget.
 COST_STEPS_PER_CELL = 256
+# Costs that differ by less than this share are equal.
+EQUAL = 1e-9
 
 
 def solve_schedule(
@@ -132,7 +134,7 @@ def _least_penalty(
 def _undercut(macs: Floats, penalty: Floats) -> tuple[Floats, Floats]:
     """The same choice without levels that cost as much as one with more tokens, as measured ones may: dear is no use."""
     least_above = np.append(np.minimum.accumulate(macs[::-1])[::-1][1:], np.inf)
-    return macs, np.where(macs < least_above, penalty, np.inf)
+    return macs, np.where(macs < least_above * (1 - EQUAL), penalty, np.inf)
 
 
 def _penalties(

@@ -210,6 +210,15 @@ def test_over_measured_errors_nothing_that_fits_is_better_where_nothing_uses_the
 
 
 @quick
+@example(
+    (
+        make_costs({"b0": ((4, 8, 16), (1.0, 1.0, 2.0)), "b1": ((4, 8, 16), (1.0, 1.0, 1.0 + 2**-52))}, 0.0),
+        TimestepBuckets.even(1),
+        {"b0": np.zeros((1, 3)), "b1": np.zeros((1, 3))},
+        0.8333333333333333,
+    ),
+    [0.0] * 4,
+)  # fmt: skip
 @given(measured(), st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_near_learned_ratios_no_schedule_costs_as_much_as_one_with_more_tokens(
     problem: tuple[CostTable, TimestepBuckets, dict[str, np.ndarray], float],

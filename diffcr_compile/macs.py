@@ -294,7 +294,7 @@ class _BlockCounter(fx.Interpreter):
             raise UsageError(
                 f"{spec.name} does not run with {kept} of its {spec.num_tokens} tokens ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else 'no message'}). Raise routing.min_keep_ratio until every "
-                "number of tokens is enough for it, and set routing.skip_blocks: false",
+                "number of tokens is enough for it",
                 code="DCR-U080",
             ) from error
         return float(self.counter.get_total_flops() - before)

@@ -209,6 +209,11 @@ class Program:
         """A graph that may be edited; nodes keep their names and shapes."""
         return copy.deepcopy(self.graph)
 
+    def reads_weights_of(self, name: str) -> bool:
+        """Whether the graph itself reads a weight inside of a submodule, beside calling it."""
+        attributes = self.graph.find_nodes(op="get_attr")
+        return any(str(node.target).startswith(f"{name}.") for node in attributes)
+
     def block(self, name: str) -> BlockSpec:
         """The spec of a routable block."""
         return next(spec for spec in self.blocks if spec.name == name)

@@ -46,7 +46,7 @@ NOTES = {
     FLOOR: "ours with `routing.min_keep_ratio` 0.45 and no block skipped",
     EARLY_FLOOR: "the same with `calibration.settle` 0.7",
     SHORTCUTS: "ours with `routing.shortcut_rank` 16",
-    ERRORS_SHORTCUTS: "the two together",
+    ERRORS_SHORTCUTS: "measured errors and `routing.shortcut_rank` 16",
     TWO_BINS: "the paper's estimator instead of `boundary`",
     "training-free": "ours with `calibration.steps: 0`",
     TRAINING_FREE_SHORTCUTS: "the same with `routing.shortcut_rank` 16",

@@ -34,7 +34,6 @@ def adapted_layers(program: Program) -> dict[str, nn.Linear]:
     inside = tuple(f"{spec.name}." for spec in program.blocks)
     # A weight may have several names: other modules, or the graph itself, read it too.
     names = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    direct = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -42,7 +41,7 @@ def adapted_layers(program: Program) -> dict[str, nn.Linear]:
         and name.startswith(inside)
         and not any(mark in f"{name}." for mark in MARKS)
         and names[id(layer.weight)] == 1
-        and not any(target.startswith(f"{name}.") for target in direct)
+        and not program.reads_weights_of(name)
     }
 
 

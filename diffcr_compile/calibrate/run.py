@@ -155,9 +155,7 @@ class Run:
         for name, tensor in tensors.items():
             with self.together():
                 put_together = whole(tensor)
-            if (
-                writes
-            ):  # copies: tied parameters share memory, which safetensors refuses to write
+            if writes:  # a copy: safetensors refuses tied parameters, which share memory
                 found[name] = put_together.to("cpu", copy=True)
         if folder is not None and writes:
             save_state(folder, found, facts)

@@ -103,16 +103,13 @@ def _shardable(program: Program) -> list[str]:
     """Routed blocks with real parameters of one type that nothing else uses, be it another module or the graph itself."""
     module = program.module
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    direct = [str(node.target) for node in program.graph.find_nodes(op="get_attr")]
     found = []
     for spec in program.blocks:
         block = module.get_submodule(spec.name)
         own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
-        read = any(target.startswith(f"{spec.name}.") for target in direct)
-        kinds = {
-            p.dtype for p in block.parameters()
-        }  # FSDP takes one, and sends no complex numbers
-        alone = own and not read and all(uses[p] == own[p] for p in own)
+        # FSDP takes one type, and sends no complex numbers
+        kinds = {p.dtype for p in block.parameters()}
+        alone = all(uses[p] == own[p] for p in own) and not program.reads_weights_of(spec.name)
         if alone and len(kinds) == 1 and all(kind.is_floating_point for kind in kinds):
             found.append(spec.name)
     if not found:

@@ -33,23 +33,12 @@ from benchmarks.quality.variants import build
 from diffcr_compile.fast_bfloat16 import fast_bfloat16
 
 SHEET = 40  # images that are kept for the sample sheets
-# What others do, and what is done without training.
-OTHERS = (
-    "paper's recipe",
-    "tokens merged (2-D ToMe)",
-    "steps reuse blocks",
-    "dense, fewer steps",
-    "training-free",
-    TRAINING_FREE_SHORTCUTS,
-)
+# What others do: without training, and with.
+TRICKS = ("tokens merged (2-D ToMe)", "steps reuse blocks", "dense, fewer steps")
+OTHERS = ("paper's recipe", *TRICKS)
 # Calibrated on images: at the first budget only, as they turn out alike there.
-ON_IMAGES = (
-    "ours",
-    "uniform (Mixture-of-Depths)",
-    "blocks dropped",
-    "random router",
-    "ratios from measured errors",
-)
+ON_IMAGES = ("ours", "uniform (Mixture-of-Depths)", "blocks dropped")
+ON_IMAGES_TOO = ("random router", "ratios from measured errors")
 UNIFORM = "uniform (Mixture-of-Depths)" + DISTILLED
 DROPPED = "blocks dropped" + DISTILLED
 RANDOM = "random router" + DISTILLED
@@ -86,16 +75,16 @@ def jobs(scale: Scale) -> list[list[Job]]:
         [
             *runs(("dense", "dense, fine-tuned"), dense),
             *runs(("dense" + DISTILLED,), dense, one),
-            *runs(ON_IMAGES[:3], main),
-            *runs(ON_IMAGES[3:], main, two),
-            *runs(OTHERS[:4], main),
+            *runs(ON_IMAGES, main),
+            *runs(ON_IMAGES_TOO, main, two),
+            *runs(OTHERS, main),
             *runs(("training-free",), main, two),
             *runs((TRAINING_FREE_SHORTCUTS,), main, one),
             *runs(("ours" + DISTILLED, UNIFORM, EARLY + DISTILLED), main),
             *runs((EARLY_FLOOR + DISTILLED, "ours, a fifth of the steps"), main),
             *runs((ERRORS,), main, two),
             *runs((DROPPED, RANDOM, FLOOR + DISTILLED), main, one),
-            *runs((*OTHERS[:4], UNIFORM, DROPPED, ERRORS), tight),
+            *runs((*OTHERS, UNIFORM, DROPPED, ERRORS), tight),
             *runs(("ours" + DISTILLED,), tight, two),
             *runs((RANDOM,), tight, one),
         ],
@@ -116,7 +105,7 @@ def jobs(scale: Scale) -> list[list[Job]]:
         inpainting(scale),
         [Job("dense", 1.0, *one, steps) for steps in (*scale.dense_steps, scale.many)],
         [Job(name, first, *one, scale.many, training=shortest(name)) for name in MANY],
-        runs(OTHERS[1:5], loose, one),
+        runs((*TRICKS, "training-free"), loose, one),
     ]
     seen: set[Job] = set()
     return [[j for j in group if not (j in seen or seen.add(j))] for group in groups]
@@ -131,7 +120,7 @@ def inpainting(scale: Scale) -> list[Job]:
     """The second task: the first budget, one seed. What is trained has the short training, and ours the long one too."""
     first, one, few = scale.budgets[0], scale.seeds[0], scale.few
     shares = {"dense": 1.0, "dense, fine-tuned": 1.0} | dict.fromkeys(
-        (*ON_IMAGES[:3], *OTHERS[:5]), first
+        (*ON_IMAGES, *OTHERS, "training-free"), first
     )
     return [
         *(

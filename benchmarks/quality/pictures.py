@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.quality.job import Job
-from benchmarks.quality.jobs import ON_IMAGES, OTHERS
+from benchmarks.quality.jobs import ON_IMAGES, ON_IMAGES_TOO, OTHERS
 from benchmarks.quality.table import OUR_VARIANTS
 from diffcr_compile.report import write_sample_sheet
 
@@ -52,7 +52,8 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
 def sheet(budget: float, seed: int, steps: int, work: Path, path: Path) -> list[str]:
     """A row of samples per variant, few steps; returns the names of the rows, top to bottom."""
     candidates = [Job(name, 1.0, seed, steps) for name in ("dense", "dense, fine-tuned")]
-    candidates += [Job(name, budget, seed, steps) for name in (*ON_IMAGES, *OTHERS)]
+    compressed = (*ON_IMAGES, *ON_IMAGES_TOO, *OTHERS, "training-free")
+    candidates += [Job(name, budget, seed, steps) for name in compressed]
     there = [job for job in candidates if (work / f"{job.name}.safetensors").exists()]
     images = [load_file(work / f"{job.name}.safetensors")["images"][:COLUMNS] for job in there]
     write_sample_sheet(torch.cat(images).numpy(), path, columns=COLUMNS, scale=2)

@@ -31,6 +31,7 @@ from diffcr_compile.config import (
 )
 from diffcr_compile.config_text import effective_yaml
 from diffcr_compile.errors import UnsupportedModelError
+from diffcr_compile.evaluation import Evaluate, evaluated
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.folder_lock import locked
 from diffcr_compile.guidance import graph_batch, guidance_of
@@ -53,10 +54,8 @@ from diffcr_compile.planning.targets import find_target, find_targets, largest_t
 from diffcr_compile.program import DiTGraph, Stage, with_batch
 from diffcr_compile.resumable import (
     Compiled,
-    Evaluate,
     calibrated,
     dense_exported,
-    evaluated,
     exported,
     keep_schedule,
     reported,
@@ -340,8 +339,9 @@ def compile(
         config: settings, as an object or nested dicts.
         sampler: for rollouts and for the benchmark's sampling loop.
         conditions: for rollouts.
-        evaluate: measures quality: ``evaluate(dense, compressed, folder)`` with two callables that
-            run the model; what it returns becomes ``report.json``'s ``quality``.
+        evaluate: measures quality: ``evaluate(dense, compressed, folder)`` with two callables that run the model. It returns
+            a mapping with ``metric`` (its name), ``dense`` and ``compressed`` (numbers), ``num_samples`` (int) and what else
+            JSON can hold, which becomes ``report.json``'s ``quality``. Called again for every artifact that is made anew.
         name: how the model is called in the report.
         progress: called with (stage, done, all, figures).
         until: the last stage to run; the same call without it, or with a later one, goes on. The artifact
@@ -434,7 +434,7 @@ def compile(
                 if manifest.runs_on_cpu
                 else dict(bench.NOT_MEASURED)
             )
-        quality = evaluated(space, key, evaluate) if manifest.runs_on_cpu else None
+        quality = evaluated(space, evaluate) if manifest.runs_on_cpu else None
         report = reported(space, compiled, config, speed, quality, timesteps)
         ranks.wait_for_leader()
     return Artifact(Path(out), manifest, report)

@@ -148,6 +148,8 @@ _ROWS = (
      "Start the command under torchrun; or set calibration.shard: false."),
     ("DCR-U080", "a block needs more tokens", "Something inside it, such as a top-k of its own, needs more tokens than the smallest keep ratio leaves it.",
      "Raise routing.min_keep_ratio."),
+    ("DCR-U081", "evaluate returned something else", "What the evaluate argument of dcr.compile returned lacks a key that the report shows, or has another type there.",
+     "Return metric, dense, compressed and num_samples, and run the same call again: only the quality is measured anew."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,11 +23,13 @@ from diffcr_compile.calibrate.lora import adapted_layers
 from diffcr_compile.calibrate.samplers import Sampler, sampler_identity
 from diffcr_compile.calibrate.trained import own_weights
 from diffcr_compile.config import CompileConfig
+from diffcr_compile.data_files import read_json
 from diffcr_compile.drift import trajectory_drift
 from diffcr_compile.durable import (
     disk_errors_in_words,
     write_json_atomic,
 )
+from diffcr_compile.errors import ArtifactError
 from diffcr_compile.export.artifact import export_dense
 from diffcr_compile.export.parity import Parity
 from diffcr_compile.guidance import Guidance
@@ -35,8 +37,6 @@ from diffcr_compile.importance import token_importance
 from diffcr_compile.manifest import Manifest, read_manifest, verify_artifact
 from diffcr_compile.planning.targets import find_targets
 from diffcr_compile.program import Program, is_routing_weight
-from diffcr_compile.runtime import load
-from diffcr_compile.runtime.dense import DenseRunner
 from diffcr_compile.schedule import CostTable, KeepRatios, TokenSchedule
 from diffcr_compile.stages import (
     Data,
@@ -49,8 +49,6 @@ from diffcr_compile.stages import (
 )
 from diffcr_compile.tensor_file import write_tensors
 from diffcr_compile.workspace import Workspace, fingerprint
-
-Evaluate = Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +86,15 @@ def calibrated(
     finished = space.finished("calibrate", key) and weights.exists() and summary.exists()
     if finished:
         ranks.total(1.0)
-        load_trained(routed, weights, config)
-        return _result_from_json(json.loads(summary.read_text()), routed, config)
+        try:
+            load_trained(routed, weights, config)
+            return _result_from_json(read_json(summary), routed, config)
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise ArtifactError(
+                f"what was calibrated cannot be read from {weights} and {summary} ({type(error).__name__}: {error}); they were "
+                "changed from outside. Delete both, and run the same command again: it takes them from the last saved state.",
+                code="DCR-A000",
+            ) from error
     folder = space.subfolder("calibration")
     with space.stage("rollouts", rollouts_key):
         ranks.total(0.0)  # there is something to learn
@@ -193,19 +198,6 @@ def dense_exported(space: Workspace, key: str, dense: Program) -> Path:
         with space.stage("baseline", key):
             export_dense(dense, path)
     return path
-
-
-def evaluated(space: Workspace, key: str, evaluate: Evaluate | None) -> dict[str, Any] | None:
-    if evaluate is None:
-        return None
-    path = space.subfolder("report") / "quality.json"
-    if not (space.finished("quality", key) and path.exists()):
-        with space.stage("quality", key):
-            runner = load(space.folder)
-            dense = DenseRunner(space.folder / "baseline/dense.onnx")
-            write_json_atomic(path, evaluate(dense, runner, space.folder / "report"))
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def reported(

@@ -74,6 +74,6 @@ def run_demo(
         job.announce(STAGES)
         return
     batch = job.config.export.batch or len(reference.example_inputs()["timestep"])
-    evaluate = reference.quality_evaluation(samples, job.config.rollouts.steps, batch)
+    evaluate = reference.QualityEvaluation(samples, job.config.rollouts.steps, batch)
     artifact, seconds = job.compile(evaluate=evaluate)
     print_report(artifact.report, out, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -89,21 +90,26 @@ def sample_images(
     return np.concatenate(images)[:num_samples], labels
 
 
-def quality_evaluation(
-    num_samples: int, steps: int, batch: int
-) -> Callable[[Callable[..., Any], Callable[..., Any], Path], dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class QualityEvaluation:
     """What ``dcr.compile(evaluate=...)`` wants: sample both on the same seeds, compare, keep pictures."""
 
-    def evaluate(
-        dense: Callable[..., Any], compressed: Callable[..., Any], folder: Path
+    num_samples: int
+    steps: int
+    batch: int
+
+    def __call__(
+        self, dense: Callable[..., Any], compressed: Callable[..., Any], folder: Path
     ) -> dict[str, Any]:
         from diffcr_compile.reference.quality import quality_report
         from diffcr_compile.report import write_sample_sheet
 
         images = {}
         for name, denoise in (("dense", dense), ("compressed", compressed)):
-            images[name], labels = sample_images(denoise, num_samples, steps, batch)
-            shown = min(num_samples, 50)
+            images[name], labels = sample_images(
+                denoise, self.num_samples, self.steps, self.batch
+            )
+            shown = min(self.num_samples, 50)
             write_sample_sheet(
                 images[name][:shown], folder / f"samples_{name}.png", columns=10, scale=2
             )
@@ -114,10 +120,8 @@ def quality_evaluation(
         )
         result["conditions"] = {
             **result.get("conditions", {}),
-            "sampler": f"Euler, {steps} steps, no guidance",
+            "sampler": f"Euler, {self.steps} steps, no guidance",
             "seed": SAMPLE_SEED,
             "labels": "classes in turn",
         }
         return result
-
-    return evaluate

@@ -49,7 +49,7 @@ def states_identity(
         return _data_identity(data)
     routing, seed = config.routing, config.calibration.seed
     settings = config.rollouts.model_dump(exclude=NO_EFFECT["rollouts"])
-    made = [settings, seed, routing.timestep_low, routing.timestep_high]
+    made = [settings, seed, *routing.timestep_range]
     if data is not None:
         return [*made, data.identity]
     draw = conditions or example_conditions(program)

@@ -58,11 +58,13 @@ class RoutingConfig(_Section):
         description="consecutive blocks that work on the same tokens: routed once",
     )
     buckets: int = Field(default=4, ge=1, le=64, description="timestep buckets of equal width")
-    timestep_low: float = Field(
-        default=0.0, description="smallest value of the model's timestep input"
+    timestep_low: float | None = Field(
+        default=None,
+        description="smallest value of the model's timestep input; null for 0, and of a pipeline for what its steps say",
     )
-    timestep_high: float = Field(
-        default=1000.0, description="largest value of the model's timestep input"
+    timestep_high: float | None = Field(
+        default=None,
+        description="largest value of the model's timestep input; null for 1000, and of a pipeline for what its steps say",
     )
     multiple_of: int = Field(default=16, ge=1, description="kept tokens are multiples of this")
     min_keep_ratio: float = Field(
@@ -82,6 +84,12 @@ class RoutingConfig(_Section):
         default=False,
         description="adapters (LoRA) on the model are fused into a copy of its weights; else they are refused",
     )
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Smallest and largest value of the model's timestep input, where no pipeline's steps say it."""
+        low, high = self.timestep_low, self.timestep_high
+        return 0.0 if low is None else low, 1000.0 if high is None else high
 
 
 class RolloutConfig(_Section):

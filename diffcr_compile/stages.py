@@ -123,12 +123,12 @@ def frozen_programs(graphs: object) -> list[Program]:
 
 
 def even_buckets(config: RoutingConfig) -> TimestepBuckets:
-    return TimestepBuckets.even(config.buckets, config.timestep_low, config.timestep_high)
+    return TimestepBuckets.even(config.buckets, *config.timestep_range)
 
 
 def sampler_for(given: Sampler | None, config: CompileConfig) -> Sampler:
     """The sampler that was given, or Euler steps of flow matching over the model's range of timesteps."""
-    return given or FlowEuler(config.rollouts.steps, config.routing.timestep_high)
+    return given or FlowEuler(config.rollouts.steps, config.routing.timestep_range[1])
 
 
 def teacher_states(
@@ -163,10 +163,12 @@ def teacher_states(
             progress(stage, done, count, {})
 
     if isinstance(data, LatentStates):
-        buckets = even_buckets(config.routing)
-        return data.teacher_states(program, buckets, config.calibration.seed, shard_done)
+        buckets, seed = even_buckets(config.routing), config.calibration.seed
+        with out_of_memory_in_words("the batch of LatentStates"):
+            return data.teacher_states(program, buckets, seed, shard_done)
     if data is not None and not isinstance(data, PipelineRuns):
-        return label_states(program, data)
+        with out_of_memory_in_words("the batch size of your data"):
+            return label_states(program, data)
     if folder is not None:
         with disk_errors_in_words(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import Dataset
 
 import diffcr_compile as dcr
 from diffcr_compile.calibrate.data import (
@@ -31,11 +33,18 @@ from diffcr_compile.calibrate.ratios import RatioLearner
 from diffcr_compile.calibrate.samplers import FlowEuler, SchedulerSampler
 from diffcr_compile.calibrate.trained import TrainedParameters
 from diffcr_compile.calibrate.warm_start import warm_start
-from diffcr_compile.config import CalibrationConfig, RolloutConfig, make_config
-from diffcr_compile.errors import ArtifactError, BudgetError, DiffCRError, UsageError
+from diffcr_compile.config import CalibrationConfig, CompileConfig, RolloutConfig, make_config
+from diffcr_compile.errors import (
+    ArtifactError,
+    BudgetError,
+    DiffCRError,
+    ResourceError,
+    UsageError,
+)
 from diffcr_compile.macs import measure_costs
 from diffcr_compile.program import Program, run_flat
 from diffcr_compile.schedule import CostTable, TimestepBuckets, TokenSchedule, cost_of
+from diffcr_compile.stages import teacher_states
 from tests import models
 from tests.conftest import keeping, routed_tiny_dit
 from tests.model_parts import OwnDiT
@@ -186,6 +195,40 @@ def test_bad_data_is_refused(cases, change: dict, message: str) -> None:
     batch = {n: t for n, t in {**program.example, **change}.items() if t is not None}
     with pytest.raises(UsageError, match=message):
         label_states(program, [batch])
+
+
+class Numbered(Dataset[dict[str, Tensor]]):
+    """Map-style: no ``__iter__``, and no IndexError at the end."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch, self.reads = batch, 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.reads += 1
+        assert self.reads < 10
+        return self.batch
+
+
+def test_a_dataset_that_is_read_by_number_has_an_end(cases) -> None:
+    program = cases("dit").captured
+    batch = dict(program.example)
+    assert torch.equal(
+        label_states(program, Numbered(batch)).target,
+        label_states(program, [batch] * 3).target,
+    )
+
+
+def test_memory_that_ends_while_data_are_answered_is_told_in_words(cases, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("diffcr_compile.stages.label_states", full)
+    with pytest.raises(ResourceError, match="Lower the batch size of your data") as caught:
+        teacher_states(cases("dit").routed, [], CompileConfig(), None, None, None, None)
+    assert caught.value.code == "DCR-R010"
 
 
 def test_empty_data_and_empty_buckets_are_refused(cases, states: TeacherStates) -> None:

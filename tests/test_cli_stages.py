@@ -241,10 +241,8 @@ def test_init_prints_settings_that_can_be_used_as_they_are(
 def test_detected_values_are_set_and_say_their_default() -> None:
     text = commented_yaml({"routing.timestep_high": 1.0}, ["a note"])
     assert "# a note" in text
-    assert (
-        "  timestep_high: 1.0  # largest value of the model's timestep input (default 1000.0)"
-        in text
-    )
+    assert "  timestep_high: 1.0  # largest value of the model's timestep input; " in text
+    assert "of a pipeline for what its steps say (default null)" in text
     assert yaml.safe_load(text)["routing"] == {"timestep_high": 1.0}
 
 

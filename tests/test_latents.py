@@ -21,6 +21,7 @@ from diffcr_compile.errors import UsageError
 from diffcr_compile.program import run_flat
 from diffcr_compile.schedule import TimestepBuckets
 from tests.conftest import routed_tiny_dit
+from tests.model_parts import OwnDiT, inputs_for
 
 BUCKETS = TimestepBuckets.even(4)
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
@@ -107,6 +108,35 @@ def test_iterables_and_datasets_give_the_same(cases: Callable[[str], Any]) -> No
     for other in made[1:]:
         assert torch.equal(made[0].target, other.target)
         assert torch.equal(made[0].inputs["hidden_states"], other.inputs["hidden_states"])
+
+
+class WithPositions(OwnDiT):
+    """Positions of the tokens are one input for all samples."""
+
+    def forward(self, x: Tensor, t: Tensor, pos: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t / 1000)
+        tokens = tokens + pos
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self.image(tokens)
+
+
+def test_inputs_without_a_batch_axis_may_be_given_once_and_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randn(36, 16, generator=generator)
+    program = dcr.route(WithPositions().eval(), inputs_for(pos=positions)).program
+    latents = [{"latent": torch.randn(2, 6, 6, generator=generator)} for _ in range(4)]
+
+    def states(data: Any) -> Any:
+        return LatentStates(data, scheduler("flow"), "flow").teacher_states(
+            program, BUCKETS, 0
+        )
+
+    given = states([{**latent, "pos": positions} for latent in latents])
+    assert torch.equal(given.target, states(latents).target)
+    other = [{**latent, "pos": positions + number} for number, latent in enumerate(latents)]
+    with pytest.raises(UsageError, match="pos has no batch axis and differs between latents"):
+        states(other)
 
 
 def test_joined_channels_follow_the_noisy_latent(cases: Callable[[str], Any]) -> None:

@@ -22,8 +22,10 @@ from diffcr_compile.calibrate.pipelines import (
     is_pipeline,
     open_pipeline,
 )
+from diffcr_compile.calibration_keys import calibration_settings
 from diffcr_compile.cli import main
 from diffcr_compile.config import CompileConfig, RoutingConfig, make_config
+from diffcr_compile.config_text import effective_yaml, read_effective
 from diffcr_compile.errors import ResourceError, UnsupportedModelError, UsageError
 from diffcr_compile.runtime.diffusers_adapter import CompiledDenoiser
 from diffcr_compile.sources import load_case
@@ -265,6 +267,21 @@ def test_a_range_in_the_settings_is_stronger(opened: Callable[[str], PipelineRun
     found = runs.buckets(RoutingConfig(buckets=2))
     assert found is not None
     assert found.edges[-1] == 1.0
+
+
+def test_the_written_down_settings_of_a_run_leave_the_range_to_the_pipeline_too(
+    opened: Callable[[str], PipelineRuns], tmp_path: Path
+) -> None:
+    runs, settings = opened("flux"), CompileConfig(routing=RoutingConfig(buckets=2))
+    (tmp_path / "effective.yaml").write_text(effective_yaml(settings))
+    again = read_effective(tmp_path / "effective.yaml")
+    assert runs.buckets(again.routing) == runs.buckets(settings.routing)
+    # a range that is named is another calibration, even where its numbers are those of the default
+    named = CompileConfig(
+        routing=RoutingConfig(buckets=2, timestep_low=0.0, timestep_high=1000.0)
+    )
+    assert runs.buckets(named.routing) is None
+    assert calibration_settings(named) != calibration_settings(settings)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ before the calibration. Both graphs have a tap behind each routed block.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -68,7 +69,11 @@ def with_taps(program: Program) -> tuple[Program, dict[str, Tap]]:
         assert image is not None  # InsertTokenRouters routes no block without one
         scatter = next(u for u in image.users if u.target is routing.scatter_tokens)
         taps[spec.name] = Tap()
-        with graph.inserting_after(scatter):
+        # behind all that the block puts out: a second branch of the block is blended into that first
+        outputs = [
+            u for u in block_node(graph, spec.name).users if u.target is operator.getitem
+        ]
+        with graph.inserting_after(max([*outputs, scatter])):
             seen = graph.call_module(_tap_name(spec.name), (scatter,))
         replace_uses(scatter, seen, keep=lambda user, seen=seen: user is seen)  # type: ignore[misc]
     modules: dict[str, nn.Module] = {_tap_name(name): tap for name, tap in taps.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffcr_compile.calibrate.data import TeacherStates, batched_inputs
 from diffcr_compile.errors import UsageError
-from diffcr_compile.program import Program
+from diffcr_compile.program import Program, evaluating, run_flat
 
 
 def check_states(program: Program, states: TeacherStates) -> None:
@@ -30,8 +31,7 @@ def check_states(program: Program, states: TeacherStates) -> None:
         raise _wrong(
             f"timesteps have shape {tuple(states.timesteps.shape)}, expected ({count},)"
         )
-    if states.target.ndim == 0 or len(states.target) != count:
-        raise _wrong(f"there are {count} timesteps and target is {tuple(states.target.shape)}")
+    _check_shape("target", states.target, (count, *_answer_shape(program)))
     for name, tensor in {**states.inputs, "timesteps": states.timesteps}.items():
         if not _finite(tensor):
             raise _wrong(f"{name} holds NaN or infinity")
@@ -40,6 +40,13 @@ def check_states(program: Program, states: TeacherStates) -> None:
             "the dense model's answers hold NaN or infinity. It overflows on these inputs: check them, "
             "and run a half-precision model in bf16 or fp32"
         )
+
+
+@torch.no_grad()
+def _answer_shape(program: Program) -> tuple[int, ...]:
+    """Of what the model answers for one sample."""
+    with evaluating(program.module):
+        return tuple(run_flat(program, program.example)[0].shape[1:])
 
 
 def _check_shape(name: str, tensor: Tensor, want: tuple[int, ...]) -> None:

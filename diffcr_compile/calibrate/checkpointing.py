@@ -17,7 +17,7 @@ def recomputed_blocks(program: Program) -> Iterator[None]:
 
     Routers, gathers and scatters stay outside: they are small, and top-k must not be decided twice.
     The forward of the block modules is replaced on the objects, which the user's model may share, and
-    put back at the end. Random numbers (dropout) are the same in both runs.
+    put back at the end. Random numbers are the same in both runs.
     """
     blocks = [program.module.get_submodule(spec.name) for spec in program.blocks]
     before = [vars(block).get("forward") for block in blocks]

@@ -8,7 +8,7 @@ interrupted run goes on where it was, and several ranks share the work.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +272,7 @@ def label_states(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> T
     batched = batched_inputs(program)
     collected: dict[str, list[Tensor]] = {name: [] for name in program.example}
     targets = []
-    for number, batch in enumerate(_several(batches)):
+    for number, batch in enumerate(items(_several(batches))):
         tensors = _checked_batch(program, batch, number)
         targets.append(_answer(program, tensors))
         for name, tensor in tensors.items():
@@ -320,6 +320,13 @@ def _several(batches: Any) -> Iterable[Any]:
         )
     several: Iterable[Any] = batches
     return several
+
+
+def items(data: Any) -> Iterator[Any]:
+    """The items of an iterable, or of a dataset that is read by number."""
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return (data[number] for number in range(len(data)))
+    return iter(data)
 
 
 def _checked_batch(program: Program, batch: Any, number: int) -> dict[str, Tensor]:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffcr_compile.calibrate.data import TeacherStates, batched_inputs, label_states
+from diffcr_compile.calibrate.data import (
+    TeacherStates,
+    batched_inputs,
+    items,
+    label_states,
+)
 from diffcr_compile.errors import UsageError
 from diffcr_compile.program import Program
 from diffcr_compile.progress import PhaseProgress
@@ -125,7 +130,7 @@ class LatentStates:
         """One state after the other: the model's inputs without a batch axis. Fills `truths`."""
         choices = self._choices(buckets)
         number = 0
-        for position, item in enumerate(_items(self.latents)):
+        for position, item in enumerate(items(self.latents)):
             self._check_item(program, item, position)
             latent = item[LATENT].float()
             for _ in range(self.per_latent):
@@ -168,7 +173,8 @@ class LatentStates:
             part = list(itertools.islice(states, self.batch))
             if not part:
                 return
-            yield {**fixed, **{name: torch.stack([s[name] for s in part]) for name in part[0]}}
+            drawn = {n: torch.stack([s[n] for s in part]) for n in part[0] if n in batched}
+            yield {**fixed, **_one_for_all(part, part[0].keys() - batched), **drawn}
             if progress:
                 progress("latents", number, -(-size // self.batch))
 
@@ -277,11 +283,15 @@ class LatentStates:
                 )
 
 
-def _items(latents: Any) -> Iterator[Any]:
-    """The samples of an iterable, or of a dataset that is read by number."""
-    if hasattr(latents, "__getitem__") and hasattr(latents, "__len__"):
-        return (latents[number] for number in range(len(latents)))
-    return iter(latents)
+def _one_for_all(states: list[dict[str, Tensor]], names: Set[str]) -> dict[str, Tensor]:
+    """Inputs without a batch axis, which all states must give alike."""
+    for name in names:
+        if not all(torch.equal(state[name], states[0][name]) for state in states):
+            raise _wrong(
+                f"{name} has no batch axis and differs between latents; states with different ones cannot be trained on "
+                "together. Give it a batch axis in the example inputs"
+            )
+    return {name: states[0][name] for name in names}
 
 
 def _towards(answers: Tensor, truths: Tensor, share: float) -> Tensor:

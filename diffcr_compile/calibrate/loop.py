@@ -23,6 +23,7 @@ What a step does stands in ``run.py``, how ranks share it in ``distributed.py``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import time
@@ -135,6 +136,8 @@ def run_calibration(
         raise PreconditionError(
             f"calibration needs a ROUTED program, got {program.stage.name}"
         )
+    if config.steps == 0:  # nothing learns, and only routers and shortcuts are fitted
+        config = config.model_copy(update={"train": "router", "shard": False})
     check_budget(costs, budget)
     check_states(program, states)
     by_bucket = states.by_bucket(buckets)
@@ -204,11 +207,15 @@ def _train(run: Run, folder: Path | None, key: str, report: Report | None) -> No
 @contextlib.contextmanager
 def _state_kept(run: Run, folder: Path | None, key: str) -> Iterator[None]:
     """Save where a step that cannot be finished started from, and say where it is."""
+    schedule = copy.deepcopy(
+        run.search.state()
+    )  # a step may solve for another before it fails
     try:
         yield
     except (AccuracyError, EnvironmentMissingError) as error:
         if run.sharded and isinstance(error, EnvironmentMissingError):
             raise  # with the rank a share of the state is gone; the last one that was saved is whole
+        run.search.go_back(*schedule)
         run.save(folder, key)
         if folder and run.ranks.leads:
             error.message += f" The state after step {run.done} is in {folder / FILE}."

@@ -60,9 +60,14 @@ def low_rank(program: Program, rank: int, seed: int) -> Iterator[None]:
         AccuracyError: a block uses a weight in another way than its layer does.
     """
     originals = {spec.name: program.module.get_submodule(spec.name) for spec in program.blocks}
+    own = [(parameter, parameter.requires_grad) for parameter in program.module.parameters()]
     try:
         _copy_blocks(program)
-        _add_adapters(program, rank, seed)
+        try:
+            _add_adapters(program, rank, seed)
+        finally:  # peft freezes the base weights, which are the user's own
+            for parameter, required in own:
+                parameter.requires_grad_(required)
         _check_mergeable(program, seed)
         yield
         merge_adapters(program)

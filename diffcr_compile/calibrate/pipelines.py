@@ -88,7 +88,7 @@ class PipelineRuns:
 
     def buckets(self, config: RoutingConfig) -> TimestepBuckets | None:
         """Timestep buckets with equally many sampling steps; None where the settings name a range."""
-        if {"timestep_low", "timestep_high"} & config.model_fields_set:
+        if (config.timestep_low, config.timestep_high) != (None, None):
             return None
         return equal_steps(self.timesteps, config.buckets)
 

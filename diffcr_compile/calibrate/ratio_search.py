@@ -115,6 +115,11 @@ class RatioSearch:
             tensors["learned"] = torch.from_numpy(self.learned.values)
         return tensors, {"schedule": self.schedule.to_json() if self.schedule else None}
 
+    def go_back(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """To a state of the same search, before a schedule was found too."""
+        self.schedule = self.learned = None
+        self.restore(tensors, facts)
+
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The reverse of :meth:`state`."""
         self.learner.values = tensors["ratios"].numpy()

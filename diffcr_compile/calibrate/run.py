@@ -20,8 +20,8 @@ from diffcr_compile.calibrate.state import load_state, save_state
 from diffcr_compile.calibrate.trained import (
     REMEDY,
     TrainedParameters,
+    learning_mode,
     routing_parameters,
-    train_mode,
 )
 from diffcr_compile.calibrate.warm_start import warm_start
 from diffcr_compile.calibrate.writes_in_place import writes_in_place_in_words
@@ -80,9 +80,13 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.explained: dict[str, float] = {}
         self.done = 0
+        self.keeps_states = False
 
     def begin(self, folder: Path | None, key: str) -> None:
         """Take up the state that rank 0 finds, or start anew; all ranks go on from rank 0's."""
+        self.keeps_states = (
+            self.ranks.total(float(folder is not None and self.ranks.leads)) > 0
+        )
         saved = load_state(folder, key) if folder and self.ranks.leads else None
         own: dict[str, Tensor] = {}
         if self.ranks.total(1.0 if saved else 0.0) == 0:
@@ -148,7 +152,7 @@ class Run:
     def save(self, folder: Path | None, key: str) -> None:
         """Leave a state from which the same calibration goes on; rank 0 does, of all ranks' shares."""
         writes = folder is not None and self.ranks.leads
-        if not (writes or self.sharded):
+        if not (writes or (self.sharded and self.keeps_states)):
             return
         tensors, facts = self.state(key)
         found: dict[str, Tensor] = {}
@@ -196,7 +200,7 @@ class Run:
         chosen = rows[torch.randint(len(rows), (self.config.batch,), generator=generator)]
         mine, weight = self.ranks.share(chosen)
         inputs, answer = self.states.take(mine, self.batched)
-        train_mode(program.module)
+        learning_mode(program.module)
         self._seed(step)
         with torch.autocast(
             answer.device.type,
@@ -211,7 +215,7 @@ class Run:
         return loss * weight
 
     def _seed(self, step: int) -> None:
-        """(seed, step) decides what random routers and dropout draw, on each rank something else."""
+        """(seed, step) decides what random routers draw, on each rank something else."""
         seed = self.config.seed * 1_000_003 + step
         torch.manual_seed(seed * self.ranks.count + self.ranks.rank)
 

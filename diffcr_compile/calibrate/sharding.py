@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -80,16 +81,16 @@ class _Watched:
 
     def before(self, block: nn.Module, _: Any) -> None:
         """Its weights are whole by now."""
-        if block.training and not self.is_known:
+        if torch.is_grad_enabled() and not self.is_known:
             self.bits = sum(map(bit_sum, block.parameters()))
 
     def after(self, block: nn.Module, _: Any, output: Any) -> Any:
         """Its weights are whole still."""
-        if block.training and not self.is_known:
+        if torch.is_grad_enabled() and not self.is_known:
             self.is_known = True
             if self.bits != sum(map(bit_sum, block.parameters())):
                 raise UsageError(
-                    f"{self.name} writes to its own weights while it trains, as weights that are kept normalised do. It would "
+                    f"{self.name} writes to its own weights whenever it runs, as weights that are kept normalised do. It would "
                     "write to weights that are put together for the moment, and in vain: set calibration.shard: false",
                     code="DCR-U079",
                 )

@@ -58,8 +58,8 @@ class TrainedParameters:
             AccuracyError: a gradient is NaN or infinite; nothing was changed, and no gradient is left.
         """
         factor = rate_factor(step, self.config.steps)
-        if self.parameters:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if gradients:  # routers have none where every block is skipped
             norm = total_norm(gradients)
             if not bool(norm.isfinite()):
                 raise self._not_finite(step)
@@ -196,8 +196,6 @@ def check_precision(program: Program, config: CalibrationConfig) -> None:
     Raises:
         UsageError: a parameter that would be trained is neither fp32 nor fp64.
     """
-    if config.steps == 0:
-        return
     coarse = {
         name: parameter.dtype
         for name, parameter in trained_parameters(program, config).items()
@@ -214,15 +212,15 @@ def check_precision(program: Program, config: CalibrationConfig) -> None:
     )
 
 
-def train_mode(module: nn.Module) -> None:
-    """Training mode, but for modules with running statistics (batch norm).
+def learning_mode(module: DiTGraph) -> None:
+    """Evaluation mode, in which the dense model gave its answers; only the selectors are in training mode.
 
-    These are buffers: with shared modules the user's own, and no part of what a calibration saves and averages.
+    Dropout would teach a block that what it was given has an answer that belongs to something else: diffusers' DiT drops class labels in
+    every block. Running statistics (batch norm) are buffers: the user's own, and no part of what a calibration saves.
     """
-    module.train()
-    for part in module.modules():
-        if getattr(part, "running_mean", None) is not None:
-            part.eval()
+    module.eval()
+    for selector in module.selectors.values():
+        selector.train()
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -219,7 +219,7 @@ def reported(
         (folder / "importance.png").unlink(missing_ok=True)  # of an earlier run
         if seen is not None:
             write_importance(seen.samples, seen.shares, folder / "importance.png")
-        report = build_report(compiled, config, speed, quality, space.folder, drift)
+        report = build_report(compiled, config, speed, quality, space.folder, timesteps, drift)
         write_keep_map(report, folder / "keep_map.png")
     report["seconds"], report["peak_rss_bytes"] = space.seconds(), space.peak_rss_bytes()
     write_json_atomic(folder / "report.json", report)

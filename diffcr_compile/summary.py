@@ -41,9 +41,20 @@ def build_report(
     speed: Mapping[str, Any],
     quality: Mapping[str, Any] | None,
     folder: Path,
+    timesteps: Sequence[float],
     drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report, without seconds and memory, which the workspace adds."""
+    """The report, without seconds and memory, which the workspace adds.
+
+    Args:
+        compiled: what was made.
+        config: settings.
+        speed: what was measured of it.
+        quality: what `evaluate` said, if it was asked.
+        folder: of the artifact.
+        timesteps: of a sampling run, in its order: from noise to picture.
+        drift: from :func:`trajectory_drift`.
+    """
     schedule, costs = compiled.frozen[0].schedule, compiled.costs
     assert schedule is not None
     macs = cost_of(costs, schedule) / costs.dense
@@ -72,6 +83,7 @@ def build_report(
         "schedule": _per_block(units, {u: list(k) for u, k in schedule.kept_tokens.items()}),
         "units": {unit: list(members) for unit, members in units.items()},
         "timestep_buckets": schedule.buckets.ranges(),
+        "noisiest_first": list(dict.fromkeys(map(schedule.buckets.index_of, timesteps))),
         "num_tokens": _per_block(units, schedule.num_tokens),
         "learned_keep_ratios": {
             name: [round(float(r), 4) for r in row]

@@ -88,6 +88,7 @@ def example_report() -> dict[str, Any]:
         },
         "schedule": schedule,
         "timestep_buckets": [[0, 250], [250, 500], [500, 750], [750, 1000]],
+        "noisiest_first": [3, 2, 1, 0],
         "num_tokens": dict.fromkeys(schedule, TOKENS),
         "macs": {"dense": dense, "compressed_mean": mean, "outer": OUTER, "per_block": per_block},
         "calibration": {

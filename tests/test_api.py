@@ -82,6 +82,8 @@ def test_report_has_its_stable_keys(artifact: Any) -> None:
     assert report["parity"]["routed_all_kept_bit_equal"] is True
     assert report["parity"]["onnx_max_abs"] <= 1e-4
     assert len(report["schedule"]) == 3
+    # the sampler goes from noise, at the largest timestep, to picture
+    assert report["noisiest_first"] == list(reversed(range(len(report["timestep_buckets"]))))
     assert all(
         len(kept) == len(report["timestep_buckets"]) for kept in report["schedule"].values()
     )

@@ -459,3 +459,41 @@ def test_keep_map_is_darker_where_more_is_kept(tmp_path: Path) -> None:
     assert len(shades) == 4
     assert shades == sorted(shades, reverse=True)
     assert image.width < 1300
+
+
+@pytest.mark.parametrize(
+    ("kept", "order", "said"),
+    [
+        (
+            [8, 6, 4],
+            [2, 1, 0],
+            "The noisier a bucket, the fewer tokens it keeps: .* 40 %, 60 %, 80 %",
+        ),
+        (
+            [8, 8, 4],
+            [2, 1, 0],
+            "The noisier a bucket, the fewer tokens it keeps: .* 40 %, 80 %, 80 %",
+        ),
+        ([4, 6, 8], [2, 1, 0], "do not always keep fewer tokens here: .* 80 %, 60 %, 40 %"),
+        ([4, 6, 8], [0, 1, 2], "The noisier a bucket, the fewer"),
+        ([4, 8, 6], [2, 1, 0], "do not always keep fewer"),
+        ([5, 5, 5], [2, 1, 0], "All timestep buckets keep equally many"),
+        ([8, 6, 4], [1], None),
+        ([8, 6, 4], None, None),
+    ],
+)
+def test_it_says_whether_noisier_buckets_keep_fewer_tokens(
+    tmp_path: Path, kept: list[int], order: list[int] | None, said: str | None
+) -> None:
+    report = example_report()
+    report["timestep_buckets"] = [[0, 1], [1, 2], [2, 3]]
+    report["schedule"], report["num_tokens"] = {"a": kept, "b": kept}, {"a": 10, "b": 10}
+    report["macs"]["per_block"] = {}
+    report["noisiest_first"], report["pictures"] = order, None
+    write_html(report, tmp_path)
+    words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text["keep"]
+    if said is None:
+        assert "keep fewer" not in words
+        assert "keeps:" not in words
+    else:
+        assert re.search(said.replace(" %", ".%"), words)

@@ -81,6 +81,7 @@ def _context(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "buckets": view.bucket_names(report),
         "rows": rows,
         "mean_ratios": view.mean_ratios(rows),
+        "by_noise": view.tokens_by_noise(report, view.mean_ratios(rows)),
         "totals": view.macs_totals(report),
         "speedup": speedup,
         "runs": view.timing_runs(speedup),

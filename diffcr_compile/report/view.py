@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,30 @@ def keep_rows(report: Mapping[str, Any]) -> list[KeepRow]:
 def mean_ratios(rows: Sequence[KeepRow]) -> list[float]:
     """Mean keep ratio over the blocks, one per timestep bucket; [] without blocks."""
     return [fmean(column) for column in zip(*(row.ratios for row in rows), strict=True)]
+
+
+def tokens_by_noise(report: Mapping[str, Any], ratios: Sequence[float]) -> str | None:
+    """Whether noisier timestep buckets keep fewer tokens, in a sentence; None where that cannot be told.
+
+    Args:
+        report: says in which order sampling goes through the buckets, from noise to picture.
+        ratios: mean keep ratio of each bucket, from :func:`mean_ratios`.
+    """
+    order = report.get("noisiest_first") or []
+    if len(order) < 2 or not ratios:
+        return None
+    seen = [ratios[bucket] for bucket in order]
+    found = ", ".join(map(percent0, seen))
+    pairs = list(itertools.pairwise(seen))
+    if all(math.isclose(a, b) for a, b in pairs):
+        return "All timestep buckets keep equally many tokens."
+    if all(a < b or math.isclose(a, b) for a, b in pairs):
+        return (
+            f"The noisier a bucket, the fewer tokens it keeps: from noise to picture {found}."
+        )
+    return (
+        f"Noisier buckets do not always keep fewer tokens here: from noise to picture {found}."
+    )
 
 
 def macs_totals(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,10 +95,8 @@ def jobs(scale: Scale) -> list[list[Job]]:
             *runs((TWO_BINS + DISTILLED,), main, two, QUARTER),
             *runs((EARLY_FLOOR + DISTILLED, SHORTCUTS + DISTILLED), main, one, QUARTER),
             *runs(("ours" + DISTILLED, SHORTCUTS + DISTILLED), tight, every, QUARTER),
-            *runs((DROPPED,), tight, two, QUARTER),
-            *runs(
-                (UNIFORM, RANDOM, ERRORS, ERRORS_SHORTCUTS + DISTILLED), tight, one, QUARTER
-            ),
+            *runs((DROPPED, ERRORS), tight, every, QUARTER),
+            *runs((UNIFORM, RANDOM, ERRORS_SHORTCUTS + DISTILLED), tight, one, QUARTER),
             *runs(("ours" + DISTILLED, UNIFORM), loose, one, QUARTER),
         ],
         runs(("ours" + DISTILLED, UNIFORM), main, every, BY_DEFAULT),

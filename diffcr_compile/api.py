@@ -337,7 +337,8 @@ def compile(
         data: see :func:`calibrate`. Where it changes between two calls the second one trains anew, if it is a list, a tuple
             or teacher states; the content of anything else is not compared, so name a new folder for it.
         config: settings, as an object or nested dicts.
-        sampler: for rollouts and for the benchmark's sampling loop.
+        sampler: for rollouts and for the benchmark's sampling loop; with `learned_from` its steps are those over which the budget
+            is met.
         conditions: for rollouts.
         evaluate: measures quality: ``evaluate(dense, compressed, folder)`` with two callables that run the model. It returns
             a mapping with ``metric`` (its name), ``dense`` and ``compressed`` (numbers), ``num_samples`` (int) and what else
@@ -358,6 +359,8 @@ def compile(
     )
     user_model, model = model, prepared(model, config.routing.fuse_adapters)
     name = name or type(model).__name__
+    # how the user samples, as far as that was said
+    steps_seen = runs.timesteps if runs else sampler.timesteps if sampler else None
     sampler = sampler_for(sampler, config)
     guidance = guidance_of(runs, config.export, call_batch(example_inputs))
     batch = graph_batch(guidance, config.export)
@@ -405,7 +408,9 @@ def compile(
             with space.stage("calibrate", key):
                 ranks.total(1.0)  # nothing is left for the others to learn
                 weights = space.subfolder("model") / "routed.safetensors"
-                result = carry_over(learned, user_model, routed, priced, share, weights)
+                result = carry_over(
+                    learned, user_model, routed, priced, share, steps_seen, weights
+                )
         if until == "calibrate":
             return stopped(space, ranks)
         with space.stage("freeze", key):

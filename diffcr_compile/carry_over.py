@@ -7,6 +7,7 @@ schedule is solved anew, over what each block costs at the new size.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -83,6 +84,7 @@ def carry_over(
     routed: Program,
     costs: CostTable,
     budget: float,
+    timesteps: Sequence[float] | None,
     weights: Path,
 ) -> CalibrationResult:
     """Put into a ROUTED program what an artifact of the same model has learned, and solve its schedule.
@@ -92,14 +94,16 @@ def carry_over(
         model: the dense model, with the weights that the artifact was compiled from.
         routed: the same model with other example inputs: another resolution or batch size.
         costs: what its blocks cost.
-        budget: share of its dense cost in (0, 1].
+        budget: share of its dense cost in (0, 1], a mean over the sampling steps.
+        timesteps: of a sampling run at this size; None for as many steps in each timestep bucket as when the artifact was made.
         weights: file that gets what was learned.
 
     Returns:
         A result without history, in the timestep buckets of the artifact.
 
     Raises:
-        UsageError: the artifact was compiled from another model, or other blocks are routed at this size.
+        UsageError: the artifact was compiled from another model, other blocks are routed at this size, or a timestep bucket has no
+            sampling step any more.
         BudgetError: the budget cannot be reached at this size.
     """
     rebuild(learned.folder, model)  # refuses a model that does not give the golden outputs
@@ -112,7 +116,10 @@ def carry_over(
             "Calibrate anew without learned_from=.",
             code="DCR-U057",
         )
+    buckets = learned.schedule.buckets
+    if timesteps is not None:
+        buckets = buckets.weighted_by(timesteps)
     write_tensors(weights, put_learned(learned.path, routed))
     ratios = learned.schedule.ratios()
-    schedule = solve_schedule(ratios, costs, learned.schedule.buckets, budget)
+    schedule = solve_schedule(ratios, costs, buckets, budget)
     return CalibrationResult(ratios, schedule, costs, (), {})

@@ -164,7 +164,8 @@ def exported(
     tried = None  # only other precisions are tried on a sampling run
     if config.export.precision != "fp32":
         tried = [list(timesteps), sampler_identity(sampler) if sampler else None]
-    key = fingerprint(key, config.export.model_dump(), tried)
+    targets = [target.model_dump(mode="json") for target in find_targets(config.export.target)]
+    key = fingerprint(key, config.export.model_dump(), targets, tried)
     if space.finished("export", key) and (space.folder / "manifest.json").exists():
         manifest = read_manifest(space.folder)
         verify_artifact(space.folder, manifest)

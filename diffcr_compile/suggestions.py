@@ -19,6 +19,7 @@ from diffcr_compile.attachments import prepared
 from diffcr_compile.budgets import budget_costs
 from diffcr_compile.calibrate.data import Conditions, TeacherStates, batched_inputs
 from diffcr_compile.calibrate.error_table import measure_errors, relative_errors
+from diffcr_compile.calibrate.latents import LatentStates
 from diffcr_compile.calibrate.run import WARM_START_STATES
 from diffcr_compile.calibrate.samplers import Sampler
 from diffcr_compile.calibrate.warm_start import warm_start
@@ -159,12 +160,29 @@ def suggest(
         UsageError: no budget is reachable; names the smallest.
     """
     config = config or CompileConfig()
+    _check_answers(data, config)
     program, runs = routed_for(model, example_inputs, config, pipeline_inputs, component)
     costs = budget_costs(program, config)
     given = runs if data is None else data
     states = teacher_states(program, given, config, sampler, conditions, None, progress)
     buckets = states.buckets or even_buckets(config.routing)
     return compare_budgets(program, states, config, costs, buckets, budgets, progress)
+
+
+def _check_answers(data: Data, config: CompileConfig) -> None:
+    """Errors are measured against the dense model's own answers, so that at all tokens kept they are none."""
+    if config.rollouts.substeps > 1:
+        raise UsageError(
+            f"rollouts.substeps = {config.rollouts.substeps} is for a calibration, which learns to take larger steps; suggest "
+            "measures errors against the dense model, without training. Set it to 1 here (--set rollouts.substeps=1).",
+            code="DCR-U076",
+        )
+    if isinstance(data, LatentStates) and data.true_share > 0:
+        raise UsageError(
+            f"LatentStates.true_share = {data.true_share:g} is for a calibration, which learns from the data too; suggest "
+            "measures errors against the dense model. Set it to 0 here.",
+            code="DCR-U063",
+        )
 
 
 def routed_for(

@@ -197,6 +197,25 @@ def test_bad_data_is_refused(cases, change: dict, message: str) -> None:
         label_states(program, [batch])
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "conditions returned a NoneType"),
+        ({}, r"lacks the inputs \['class_labels'\]"),
+        ({"class_label": 1, "class_labels": 1}, r"the unknown \['class_label'\]"),
+        ({"class_labels": [1, 2]}, "conditions: class_labels is a list"),
+        ({"class_labels": torch.ones(2)}, "conditions: class_labels is torch.float32"),
+        ({"class_labels": torch.ones(3, dtype=torch.int64)}, "has 3 rows, expected 2"),
+    ],
+    ids=["none", "missing", "unknown", "list", "type", "rows"],
+)
+def test_conditions_that_do_not_fit_are_told_in_words(cases, found, message: str) -> None:
+    config = RolloutConfig(trajectories=2, batch=2)
+    with pytest.raises(UsageError, match=message) as caught:
+        roll_out(cases("dit").captured, FlowEuler(2), config, lambda *_: found, seed=0)
+    assert caught.value.code == "DCR-U072"
+
+
 class Numbered(Dataset[dict[str, Tensor]]):
     """Map-style: no ``__iter__``, and no IndexError at the end."""
 

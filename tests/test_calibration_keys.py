@@ -217,6 +217,12 @@ def test_samplers_are_told_apart_by_class_timesteps_and_scheduler() -> None:
         SchedulerSampler(DDIMScheduler(clip_sample=False), 3),
     ]  # fmt: skip
     assert len({str(sampler_identity(sampler)) for sampler in every}) == len(every)
+    alike = [Own(torch.tensor([1.0, 0.5, 0.0]), 1.0) for _ in range(6)]
+    for sampler, value in zip(
+        alike, (1.0, 2.0, "a", torch.ones(2), [torch.zeros(2)]), strict=False
+    ):
+        sampler.damping = value
+    assert len({str(sampler_identity(sampler)) for sampler in alike}) == len(alike)
     assert sampler_identity(flow(3.0)) == sampler_identity(flow(3.0))
     # the set that diffusers lists there is in another order in every process
     assert "_use_default_values" not in str(sampler_identity(flow(3.0)))

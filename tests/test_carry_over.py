@@ -19,6 +19,7 @@ from diffcr_compile.carry_over import carry_over, read_learned
 from diffcr_compile.config import make_config
 from diffcr_compile.errors import BudgetError, UsageError
 from diffcr_compile.manifest import read_manifest, sha256_file
+from diffcr_compile.schedule import TokenSchedule
 from tests import pipelines
 from tests.test_cli import run
 
@@ -204,9 +205,46 @@ def test_blocks_that_only_one_size_can_route_are_named(first: Path, tmp_path: Pa
     routed = dcr.route(model(), example("large"), fewer).program
     costs = cost_table(routed, learned.routing)
     with pytest.raises(UsageError, match=r"blocks\.2") as caught:
-        carry_over(learned, model(), routed, costs, 0.7, tmp_path / "weights.safetensors")
+        carry_over(
+            learned, model(), routed, costs, 0.7, None, tmp_path / "weights.safetensors"
+        )
     assert caught.value.code == "DCR-U057"
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+class Shifted(dcr.FlowEuler):
+    """More of its steps where there is much noise."""
+
+    def __init__(self, steps: int, shift: float) -> None:
+        super().__init__(steps, 1.0)
+        self.timesteps = [shift * t / (1 + (shift - 1) * t) for t in self.timesteps]
+
+
+def test_the_budget_is_one_over_the_steps_of_this_sampling(
+    first: Path, tmp_path: Path
+) -> None:
+    """A larger picture is sampled with a more shifted schedule; the artifact's buckets are then met otherwise."""
+    call = {"example_inputs": example("large"), "learned_from": first, "until": "freeze"}
+    sampler = Shifted(8, 3.0)
+    dcr.compile(model(), tmp_path / "out", sampler=sampler, **call)
+    schedule = TokenSchedule.from_json(
+        json.loads((tmp_path / "out/model/schedule.json").read_text())
+    )
+    high = sum(t > schedule.buckets.edges[1] for t in sampler.timesteps) / 8
+    assert high > 0.5
+    assert schedule.buckets.weights == (1 - high, high)
+    routed = dcr.route(model(), example("large"), read_learned(first).routing).program
+    costs = cost_table(routed, read_learned(first).routing)
+    by_hand = costs.outer + sum(
+        weight * costs.per_level[block][costs.levels[block].index(kept)]
+        for block, column in schedule.kept_tokens.items()
+        for weight, kept in zip((1 - high, high), column, strict=True)
+    )
+    assert schedule.reached == pytest.approx(by_hand / costs.dense)
+    assert by_hand <= 0.7 * costs.dense
+    with pytest.raises(UsageError, match="no sampling step has a timestep in") as caught:
+        dcr.compile(model(), tmp_path / "few", sampler=Shifted(2, 9.0), **call)
+    assert caught.value.code == "DCR-U073"
 
 
 def test_on_the_command_line(

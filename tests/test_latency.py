@@ -486,3 +486,20 @@ def test_the_command_writes_a_table_that_can_be_read(
     assert read_latency_table(path).group_of().keys() == set(BLOCKS)
     assert "check at other kept tokens" in capsys.readouterr().out
     assert run(monkeypatch, "bench", str(tmp_path), "--set", "routing.buckets=2") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("out --device cuda --rounds 9", "--device, --rounds has no effect without --table or --kit"),
+        ("demo --table t.json --steps 20", "--steps has no effect with --table or --kit"),
+        ("demo --kit kit --loops 1", "--loops has no effect with --table or --kit"),
+        ("demo --kit kit --threads 1 --backend torch", "--backend, --threads has no effect with --kit alone"),
+        ("demo --table t.json --stability 0", "stability"),
+    ],
+)  # fmt: skip
+def test_options_of_the_command_that_would_have_no_effect_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, said: str
+) -> None:
+    assert run(monkeypatch, "bench", *given.split()) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

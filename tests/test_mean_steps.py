@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
@@ -161,8 +163,11 @@ class Clipping(FlowEuler):
         (Clipping(STEPS), "a step of Clipping is not linear"),
         (SchedulerSampler(DPMSolverMultistepScheduler(timestep_spacing="trailing"), STEPS), "remembers"),
         (SchedulerSampler(DDIMScheduler(timestep_spacing="linspace"), STEPS), "does not pass through"),
+        # its timesteps are a quarter of a logarithm, and lie closer together than whole numbers
+        (SchedulerSampler(EDMEulerScheduler(), STEPS), "does not pass through"),
+        (SchedulerSampler(DEISMultistepScheduler(solver_order=1, use_flow_sigmas=True), STEPS), "does not pass through"),
     ],
-    ids=["own", "clipping", "multistep", "spacing"],
+    ids=["own", "clipping", "multistep", "spacing", "edm", "flow-sigmas"],
 )  # fmt: skip
 def test_what_cannot_be_divided_is_refused(
     cases: Callable[[str], Any], sampler: Any, said: str

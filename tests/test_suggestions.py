@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -149,3 +150,16 @@ def test_the_command_prints_its_table_as_json(
     assert all(row["reached"] <= row["budget"] for row in found["options"])
     assert run(monkeypatch, *line, "--dry-run") == 0
     assert json.loads(capsys.readouterr().out)["blocks"] == 3
+
+
+@pytest.mark.parametrize("what", ["substeps", "true_share"])
+def test_answers_that_are_not_the_dense_models_are_refused(what: str) -> None:
+    """With all tokens kept there would be an error."""
+    model, inputs = models.plain()
+    settings, data = {"rollouts": {"substeps": 2 if what == "substeps" else 1}}, None
+    if what == "true_share":
+        data = dcr.LatentStates(
+            [], diffusers.FlowMatchEulerDiscreteScheduler(), "flow", true_share=0.5
+        )
+    with pytest.raises(UsageError, match=f"{what} = .* is for a calibration"):
+        dcr.suggest(model, inputs, data=data, config=make_config(settings))

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+import yaml
 
-from diffcr_compile.errors import UsageError
+import diffcr_compile as dcr
+from diffcr_compile.errors import UnsupportedModelError, UsageError
 from diffcr_compile.export.onnx_model import MAX_IR_VERSION, OPSET, onnx_from_program
 from diffcr_compile.planning.target_files import KnownBug, as_numbers
 from diffcr_compile.planning.targets import (
@@ -19,6 +21,9 @@ from diffcr_compile.planning.targets import (
     largest_topk,
     read_targets,
 )
+from tests import models
+
+SHIPPED = Path(dcr.__file__).parent / "export" / "targets"
 
 TENSORRT = ("orin-jp6", "thor-jp7", "rtx")
 
@@ -258,3 +263,40 @@ def test_every_bug_names_a_thread() -> None:
     for target in all_targets():
         for bug in target.bugs:
             assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", thread) for thread in bug.threads)
+
+
+def test_an_artifact_is_exported_again_when_its_target_says_something_else(
+    tmp_path: Path,
+) -> None:
+    """The settings name a file; what it says counts."""
+    shipped = yaml.safe_load((SHIPPED / "onnxruntime-cpu.yaml").read_text())
+    importer = tmp_path / "importers" / "mine.yaml"
+    importer.parent.mkdir()
+    facts = {"name": "mine-importer", "extends": shipped["importer"]}
+    shipped.pop("aliases", None)
+    target = tmp_path / "mine.yaml"
+    target.write_text(yaml.safe_dump({**shipped, "name": "mine", "importer": facts["name"]}))
+    model, inputs = models.plain()
+    settings = {
+        "routing": {"timestep_high": 1.0, "buckets": 2, "multiple_of": 4},
+        "rollouts": {"trajectories": 2, "steps": 2, "batch": 2},
+        "calibration": {"steps": 0, "batch": 2},
+        "export": {"profiles": False, "target": [str(target)]},
+    }
+
+    def compiled() -> None:
+        dcr.compile(
+            model,
+            tmp_path / "out",
+            example_inputs=inputs,
+            budget="80%",
+            config=settings,
+            until="export",
+        )
+
+    importer.write_text(yaml.safe_dump(facts))
+    compiled()
+    importer.write_text(yaml.safe_dump({**facts, "max_opset": 12}))
+    with pytest.raises(UnsupportedModelError, match="opset") as caught:
+        compiled()
+    assert caught.value.code == "DCR-M003"

@@ -180,7 +180,8 @@ def _one_shard(
     state = fine.start(
         torch.randn((size, *like.shape[1:]), generator=generator).to(like.device, like.dtype)
     )
-    others = {name: t.to(like.device) for name, t in conditions(generator, size).items()}
+    drawn = _drawn(program, conditions(generator, size), size)
+    others = {name: tensor.to(like.device) for name, tensor in drawn.items()}
     substeps = len(fine.timesteps) // len(sampler.timesteps)
     inputs, targets, times = [], [], []
     for index, value in enumerate(sampler.timesteps):
@@ -209,6 +210,26 @@ def _one_shard(
         "target": torch.cat(targets),
         "timesteps": torch.cat(times),
     }
+
+
+def _drawn(program: Program, found: Any, size: int) -> Mapping[str, Tensor]:
+    """What `conditions` returned, if it is what the model takes beside sample and timestep."""
+    wanted = set(program.example) - {program.sample_input, program.timestep_input}
+    if not isinstance(found, Mapping):
+        raise _wrong(
+            f"conditions returned a {type(found).__name__}, expected a mapping of tensors by input name: {sorted(wanted)}"
+        )
+    missing, unknown = sorted(wanted - set(found)), sorted(map(str, set(found) - wanted))
+    if missing or unknown:
+        raise _wrong(f"conditions lacks the inputs {missing} and has the unknown {unknown}")
+    batched = batched_inputs(program)
+    for name, tensor in found.items():
+        _check_input(f"conditions: {name}", tensor, program.example[name], name in batched)
+        if name in batched and len(tensor) != size:
+            raise _wrong(
+                f"conditions: {name} has {len(tensor)} rows, expected {size}, the second argument"
+            )
+    return found
 
 
 def _leading(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffcr_compile.errors import UsageError
+from diffcr_compile.tensor_bytes import tensor_bytes
+
+SLACK = 0.1  # of a step, by which a finer schedule may miss a timestep
+SAME_LEVEL = 1e-3
 
 
 class Sampler(Protocol):
@@ -40,10 +49,34 @@ def model_input(sampler: Sampler, index: int, state: Tensor) -> Tensor:
 
 
 def sampler_identity(sampler: Sampler) -> Any:
-    """What tells samplers apart without running them: class, timesteps, noise levels, and a scheduler's settings."""
-    sigmas = [float(sigma) for sigma in getattr(sampler, "sigmas", ())]
+    """What tells samplers apart without running them: class, timesteps, a scheduler's settings, and attributes.
+
+    Of attributes numbers, text, tensors and what is made of these count; of anything else its class.
+    """
     scheduler = scheduler_identity(getattr(sampler, "scheduler", None))
-    return [type(sampler).__qualname__, list(map(float, sampler.timesteps)), sigmas, scheduler]
+    own = {n: v for n, v in getattr(sampler, "__dict__", {}).items() if n != "scheduler"}
+    timesteps = list(map(float, sampler.timesteps))
+    return [type(sampler).__qualname__, timesteps, scheduler, _plain(own)]
+
+
+def _plain(value: Any) -> Any:
+    """A value in the form of JSON, tensors by their digest."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.ndarray):
+        return [
+            str(value.dtype),
+            list(value.shape),
+            hashlib.sha256(value.tobytes()).hexdigest(),
+        ]
+    if isinstance(value, Tensor):
+        digest = hashlib.sha256(tensor_bytes(value)).hexdigest()
+        return [str(value.dtype), list(value.shape), digest]
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(value[name]) for name in sorted(value, key=str)}
+    return type(value).__qualname__
 
 
 def scheduler_identity(scheduler: Any) -> Any:
@@ -142,8 +175,11 @@ class SchedulerSampler:
         fresh = type(self.scheduler).from_config(self.scheduler.config)
         fine = SchedulerSampler(fresh, self.steps * substeps)
         passed = fine.timesteps[::substeps]
-        # schedulers round timesteps to whole numbers
-        if any(abs(a - b) > 1 for a, b in zip(passed, self.timesteps, strict=True)):
+        # schedulers round timesteps to whole numbers, where these are numbers of training steps
+        gaps = [abs(a - b) for a, b in itertools.pairwise(self.timesteps)]
+        slack = min(1.0, SLACK * min(gaps, default=math.inf))
+        apart = any(abs(a - b) > slack for a, b in zip(passed, self.timesteps, strict=True))
+        if apart or not self._ends_like(fine):
             raise UsageError(
                 f"{type(self.scheduler).__name__} with {fine.steps} steps does not pass through its timesteps "
                 f"with {self.steps}: {self.timesteps[:2]}, but {passed[:2]}. Make it with "
@@ -151,6 +187,15 @@ class SchedulerSampler:
                 code="DCR-U076",
             )
         return fine
+
+    def _ends_like(self, fine: SchedulerSampler) -> bool:
+        """Whether the last step leads to the same noise level, where schedulers say it."""
+        levels = [getattr(s.scheduler, "sigmas", None) for s in (self, fine)]
+        ends = [float(found[-1]) for found in levels if found is not None]
+        if len(ends) < 2:
+            return True
+        own, other = ends
+        return math.isclose(own, other, rel_tol=SAME_LEVEL, abs_tol=SAME_LEVEL)
 
     def _check_deterministic(self) -> None:
         """Rollouts must come out the same on every run, and what is exported has no noise of its own."""

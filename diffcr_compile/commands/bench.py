@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,8 @@ EXAMPLES = (
     "python:my_model:make --kit kit/",
 )
 _MODEL = "Latency table"
+STEPS, REPEATS = 20, 5
+STABILITY, ROUNDS = 0.02, 60
 
 
 def register(app: App) -> None:
@@ -38,10 +41,16 @@ def bench(
     out: Annotated[
         str, typer.Argument(help="an artifact's folder; a MODEL with --table or --kit")
     ],
-    steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="pairs of loops")] = 5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"sampling steps [default: {STEPS}]")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help=f"pairs of loops [default: {REPEATS}]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of an operator")] = None,
-    loops: Annotated[int, typer.Option(min=1, help="loops side by side")] = 1,
+    loops: Annotated[
+        int | None, typer.Option(min=1, help="loops side by side [default: 1]")
+    ] = None,
     table: Annotated[
         Path | None,
         typer.Option(help="measure a latency table into this file", rich_help_panel=_MODEL),
@@ -53,22 +62,29 @@ def bench(
         ),
     ] = None,
     backend: Annotated[
-        Literal["onnxruntime", "torch"],
-        typer.Option(help="what runs the blocks", rich_help_panel=_MODEL),
-    ] = "onnxruntime",
-    device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="where", rich_help_panel=_MODEL)
-    ] = "cpu",
-    stability: Annotated[
-        float,
+        Literal["onnxruntime", "torch"] | None,
         typer.Option(
-            help="standard error that a figure may have, of its dense block",
+            help="what runs the blocks [default: onnxruntime]", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="where [default: cpu]", rich_help_panel=_MODEL),
+    ] = None,
+    stability: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help=f"standard error that a figure may have, of its dense block [default: {STABILITY}]",
             rich_help_panel=_MODEL,
         ),
-    ] = 0.02,
+    ] = None,
     rounds: Annotated[
-        int, typer.Option(min=7, help="most rounds per block", rich_help_panel=_MODEL)
-    ] = 60,
+        int | None,
+        typer.Option(
+            min=7, help=f"most rounds per block [default: {ROUNDS}]", rich_help_panel=_MODEL
+        ),
+    ] = None,
     config: Config = None,
     set_: Settings = None,
     inputs: Inputs = None,
@@ -81,11 +97,28 @@ def bench(
     Without --threads: all cores in one loop, and a loop per core; the faster way of the dense model counts.
     A latency table says what each routed block costs by kept tokens; budget.metric=latency solves over it.
     """
+    of_model = {
+        "--config": config,
+        "--set": set_ or None,
+        "--inputs": inputs,
+        "--pipeline-inputs": pipeline_inputs,
+    }
+    of_table = {
+        "--backend": backend,
+        "--device": device,
+        "--stability": stability,
+        "--rounds": rounds,
+    }
+    of_loops = {"--steps": steps, "--repeats": repeats, "--loops": loops}
     if table is None and kit is None:
-        if config or set_ or inputs or pipeline_inputs:
-            raise UsageError("settings and inputs of a model belong to --table or --kit")
-        _loops(Path(out), steps, repeats, threads, loops, as_json)
+        _refuse({**of_model, **of_table}, "without --table or --kit, which measure a model")
+        _loops(Path(out), steps or STEPS, repeats or REPEATS, threads, loops or 1, as_json)
         return
+    _refuse(of_loops, "with --table or --kit, which measure blocks and no sampling loop")
+    if table is None:
+        _refuse(
+            {**of_table, "--threads": threads}, "with --kit alone, which measures nothing here"
+        )
     if dry_run:
         files = [str(path) for path in (table, kit) if path is not None]
         if as_json:
@@ -93,8 +126,21 @@ def bench(
         else:
             say(f"would measure the blocks of {out} and write {' and '.join(files)}")
         return
-    options = MeasureOptions(backend, device, threads, stability, rounds)
+    options = MeasureOptions(
+        backend or "onnxruntime",
+        device or "cpu",
+        threads,
+        stability or STABILITY,
+        rounds or ROUNDS,
+    )
     bench_table(out, table, kit, options, (config, set_, inputs, pipeline_inputs), as_json)
+
+
+def _refuse(options: Mapping[str, object], where: str) -> None:
+    """What would have no effect is not swallowed."""
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} has no effect {where}; leave it out")
 
 
 def _loops(

@@ -44,8 +44,13 @@ def bench_table(
     routed, config, name = _routed(model, options, given)
     if kit is not None:
         write_kit(routed, config.routing, name, kit)
-        say(f"on the device: python -m diffcr_compile.runtime.block_bench {kit} -o table.json")
+        tell = note if as_json else say  # stdout is JSON alone then
+        tell(
+            f"on the device: python -m diffcr_compile.runtime.block_bench {kit} -o table.json"
+        )
     if table is None:
+        if as_json:
+            print_json({"kit": str(kit)})
         return
     with progress() as event:
         found = measure_latency(

@@ -37,7 +37,9 @@ def demo(
     steps: Steps = None,
     config: Config = None,
     set_: Settings = None,
-    samples: Annotated[int, typer.Option(help="images for the quality metric")] = SAMPLES,
+    samples: Annotated[
+        int, typer.Option(min=2, help="images for the quality metric")
+    ] = SAMPLES,
     dry_run: DryRun = False,
 ) -> None:
     """Compile the reference DiT that ships with the package: the whole job, on real input."""

@@ -25,7 +25,7 @@ def run(
     ),
     count: Annotated[int, typer.Option(min=1, help="how many samples")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 20,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     backend: Annotated[
         Literal["onnxruntime", "tensorrt"],
         typer.Option(help="tensorrt: this device's engines, of diffcr build"),

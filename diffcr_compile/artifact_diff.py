@@ -9,7 +9,7 @@ from typing import Any
 from diffcr_compile.data_files import read_json, read_yaml
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, read_manifest
-from diffcr_compile.workspace import EFFECTIVE_FILE
+from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
 
 Row = dict[str, Any]
 # report.json: what a reader compares first, by the path of keys
@@ -36,6 +36,7 @@ def compare_artifacts(a: Path, b: Path) -> dict[str, list[Row]]:
         "settings": _rows(_settings(a), _settings(b)),
         "kept tokens": _rows(_kept(first), _kept(second)),
         "figures": _rows(_figures(a), _figures(b)),
+        "files": _rows(_contents(first), _contents(second)),
         "versions": _rows(dict(first.versions), dict(second.versions)),
     }
 
@@ -52,6 +53,16 @@ def _rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
         )
         rows.append({"what": what, "a": one, "b": two, **change})
     return rows
+
+
+def _contents(manifest: Manifest) -> dict[str, Any]:
+    """Graphs with their weights, and what they answered to the golden inputs: the same numbers come of the same hashes."""
+    return {
+        f"sha256 of {folder}": fingerprint(
+            {n: e["sha256"] for n, e in manifest.files.items() if n.startswith(folder)}
+        )
+        for folder in ("onnx/", "golden/bucket")
+    }
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:

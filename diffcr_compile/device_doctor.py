@@ -17,9 +17,17 @@ from diffcr_compile.device_state import JETPACKS, BoardState, read_board, versio
 from diffcr_compile.engine_plan import EngineMode, plan_engines
 from diffcr_compile.errors import DiffCRError
 from diffcr_compile.export.device.memory import memory_need, read_activations, verdicts
-from diffcr_compile.manifest import read_manifest
+from diffcr_compile.manifest import Manifest, read_manifest
 from diffcr_compile.runtime.device import Device, same_memory
-from diffcr_compile.runtime.engine_files import ENGINES, SIDECAR, read_sidecar
+from diffcr_compile.runtime.engine_files import (
+    ENGINES,
+    SIDECAR,
+    Sidecar,
+    check_plans,
+    is_checked,
+    made_from,
+    read_sidecar,
+)
 
 # Strong typing, INT64 inputs and the operators of the exported graphs.
 OLDEST_TENSORRT = (10, 3)
@@ -226,16 +234,18 @@ def _artifact(artifact: Path, board: BoardState) -> Iterator[Finding]:
     except DiffCRError as error:
         yield Finding(str(artifact), "cannot be read", "fails", error.message)
         return
-    yield from _engines(artifact, board)
+    yield from _engines(artifact, manifest, board)
 
 
-def _engines(artifact: Path, board: BoardState) -> Iterator[Finding]:
+def _engines(artifact: Path, manifest: Manifest, board: BoardState) -> Iterator[Finding]:
     for path in sorted((artifact / ENGINES).glob(f"*/{SIDECAR}")):
         try:
-            device = read_sidecar(path.parent).device
+            sidecar = read_sidecar(path.parent)
+            check_plans(path.parent, sidecar, contents=False)
         except DiffCRError as error:
             yield Finding(path.parent.name, "damaged", "fails", error.message)
             continue
+        device = sidecar.device
         other = []
         if board.sm is not None and device.sm != board.sm:
             other.append(f"SM{device.sm}, this board is SM{board.sm}")
@@ -245,13 +255,25 @@ def _engines(artifact: Path, board: BoardState) -> Iterator[Finding]:
             if here[: len(built)] != built[: len(here)]:
                 other.append(f"TensorRT {device.version}, here is {board.tensorrt}")
         other += _other_module(device, board)
+        why = [f"built for {' and '.join(other)}"] if other else []
+        why += _unusable(path.parent, sidecar, manifest)
         yield Finding(
             path.parent.name,
             str(device),
-            "fails" if other else "ok",
-            f"load(backend='tensorrt'): built for {' and '.join(other)}" if other else "",
-            f"diffcr build {artifact}" if other else "",
+            "fails" if why else "ok",
+            f"load(backend='tensorrt'): {'; '.join(why)}" if why else "",
+            f"diffcr build {artifact}" if why else "",
         )
+
+
+def _unusable(folder: Path, sidecar: Sidecar, manifest: Manifest) -> Iterator[str]:
+    """What a load would refuse on the very device, too."""
+    if sidecar.made_from != made_from(manifest):
+        yield "made from other graphs than the artifact has now"
+    if sidecar.ahead_of_time:
+        yield "built ahead of time, without the device"
+    elif not is_checked(folder, sidecar):
+        yield "not compared with the golden outputs yet"
 
 
 def _other_module(device: Device, board: BoardState) -> Iterator[str]:

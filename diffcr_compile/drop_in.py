@@ -111,6 +111,11 @@ class DiffusersTransformer(CompiledDenoiser):
                     "backend='torch' runs the graphs around the dense model: pass model=pipe.transformer",
                     code="DCR-U052",
                 )
+            if options:
+                raise UsageError(
+                    f"{', '.join(sorted(options))}: of ONNX Runtime, and backend='torch' runs where the model is; leave it out",
+                    code="DCR-U052",
+                )
             runner = FrozenGraphs(read_manifest(path), rebuild(path, model).frozen)
         else:
             runner = Runner(path, **options)

@@ -18,6 +18,7 @@ from diffcr_compile.runtime.complex_inputs import as_graph_input
 
 Array = npt.NDArray[Any]
 Measure = Literal["max_abs", "rel_l2"]
+NOISE = 1e-4  # of the largest output's size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Parity:
         step: which two, for the reader: ``FROZEN -> ONNX Runtime``.
         bucket: the timestep bucket; None if it is about all of them.
         max_abs: largest absolute difference of finite values.
-        rel_l2: norm of the difference over the norm of what was expected.
-        cosine: of the two as vectors, 1 if both are zero.
+        rel_l2: norm of the difference over the norm of what was expected, of the output where that is largest.
+        cosine: of the two as vectors, 1 if both are zero; of the output where that is smallest.
         non_finite: NaN and infinite values in what was found.
         tolerance: allowed `max_abs`, or `rel_l2`.
         passed: within the tolerance, and every value finite.
@@ -55,7 +56,9 @@ def compare(
     bucket: int | None = None,
     measure: Measure = "max_abs",
 ) -> Parity:
-    """Compare lists of arrays or tensors, in float64, all of a list as one vector.
+    """Compare lists of arrays or tensors, in float64, each with its own: a large one hides no small one.
+
+    An output smaller than a ten-thousandth of the largest is held to that size: it may be what is left of numbers that cancel out.
 
     Raises:
         AccuracyError: the numbers of outputs or their shapes differ, so nothing can be compared.
@@ -67,21 +70,23 @@ def compare(
             f"{step}{'' if bucket is None else f', bucket {bucket}'}: outputs of shapes "
             f"{shapes[0]}, expected {shapes[1]}. The two do not compute the same thing."
         )
-    got, want = _vector(left), _vector(right)
-    # A NaN that was expected too is no agreement: nothing useful can be said about such a model.
-    finite = np.isfinite(got) & np.isfinite(want)
-    non_finite = int(finite.size - finite.sum())
-    got, want = got[finite], want[finite]
-    difference = got - want
-    max_abs = float(np.abs(difference).max(initial=0.0))
-    rel_l2 = _ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(want)))
+    non_finite, pairs = 0, []
+    for got, want in zip(map(np.ravel, left), map(np.ravel, right), strict=True):
+        # A NaN that was expected too is no agreement: nothing useful can be said about such a model.
+        finite = np.isfinite(got) & np.isfinite(want)
+        non_finite += int(finite.size - finite.sum())
+        pairs.append((got[finite], want[finite]))
+    noise = NOISE * max((_rms(want) for _, want in pairs), default=0.0)
+    max_abs = max((float(np.abs(g - w).max(initial=0.0)) for g, w in pairs), default=0.0)
+    rel_l2 = max((_relative(g, w, noise) for g, w in pairs), default=0.0)
+    cosine = min((_cosine(g, w) for g, w in pairs if _rms(w) >= noise), default=1.0)
     error = {"max_abs": max_abs, "rel_l2": rel_l2}[measure]
     return Parity(
         step=step,
         bucket=bucket,
         max_abs=max_abs,
         rel_l2=rel_l2,
-        cosine=_cosine(got, want),
+        cosine=cosine,
         non_finite=non_finite,
         tolerance=tolerance,
         passed=non_finite == 0 and error <= tolerance,
@@ -153,15 +158,21 @@ def _float64(value: Any) -> npt.NDArray[np.float64]:
     return np.asarray(value, dtype=np.float64)
 
 
-def _vector(arrays: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    return np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
-
-
 def _ratio(error: float, norm: float) -> float:
     if error == 0:
         return 0.0
     # Never infinity: the figure goes into JSON.
     return error / max(norm, 1e-154)
+
+
+def _rms(values: npt.NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(values)) / math.sqrt(max(values.size, 1))
+
+
+def _relative(
+    got: npt.NDArray[np.float64], want: npt.NDArray[np.float64], noise: float
+) -> float:
+    return _ratio(_rms(got - want), max(_rms(want), noise))
 
 
 def _cosine(got: npt.NDArray[np.float64], want: npt.NDArray[np.float64]) -> float:

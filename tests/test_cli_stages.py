@@ -292,7 +292,17 @@ def test_diff_shows_what_changed(
     found = json.loads(capsys.readouterr().out)
     assert {row["change"] for row in found["kept tokens"]} == {-8}
     assert found["settings"] == [{"what": "run.budget", "a": "70%", "b": "60%"}]
-    assert found["model"] == found["versions"] == []
+    assert found["model"] == found["versions"] == found["files"] == []
+    # the same settings, other numbers: another checkpoint, or a run that does not repeat itself
+    graph = min(name for name in manifest.files if name.startswith("onnx/"))
+    entry = {**manifest.files[graph], "sha256": "0" * 64}
+    touched = {**vars(manifest), "files": {**manifest.files, graph: entry}}
+    write_manifest(tmp_path / "other", Manifest(**touched))
+    config.write_text((staged / "effective_config.yaml").read_text())
+    assert run(monkeypatch, "diff", str(staged), str(tmp_path / "other"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["what"] for row in found["files"]] == ["sha256 of onnx/"]
+    assert not any(rows for title, rows in found.items() if title != "files")
     assert run(monkeypatch, "diff", str(staged), str(tmp_path)) == 7
 
 

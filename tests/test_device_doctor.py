@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,16 @@ from diffcr_compile.durable import write_json_atomic
 from diffcr_compile.engine_plan import plan_engines
 from diffcr_compile.manifest import read_manifest
 from diffcr_compile.runtime.device import Device
-from diffcr_compile.runtime.engine_files import PlanFile, Sidecar, made_from, write_sidecar
+from diffcr_compile.runtime.engine_files import (
+    OK_FILE,
+    PlanFile,
+    Sidecar,
+    made_from,
+    plan_file,
+    read_sidecar,
+    write_ok,
+    write_sidecar,
+)
 from tests import device_artifact as small
 
 SWAPS = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
@@ -172,6 +182,46 @@ def test_an_artifact_that_is_too_large_names_the_command_that_will_fail(
     assert "the build will be killed" in no_swap["out, profiles"].consequence
 
 
+FILES = {"profiles_00": PlanFile("0" * 64, 1)}
+
+
+def with_engines(folder: Path, sidecar: Sidecar) -> None:
+    """A folder of engines that were compared with the golden outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sidecar.files:
+        (folder / plan_file(name)).write_bytes(b"p")
+    write_sidecar(folder, sidecar)
+    rows = [{"bucket": 0, "passed": True}]
+    write_ok(folder, read_sidecar(folder), rows, "now")
+
+
+def test_engines_that_a_load_would_refuse_are_named(tmp_path: Path) -> None:
+    out = small.write(tmp_path / "out")
+    manifest = read_manifest(out)
+    nano = ORIN["proc/device-tree/model"].rstrip("\0")
+    device = Device("Orin", 87, "tensorrt", "10.3.0", nano, 8)
+    folder, plan = out / "engines" / device.folder, plan_engines(manifest, "profiles")
+    here = board(tmp_path / "board")
+
+    def found(sidecar: Sidecar) -> Any:
+        with_engines(folder, sidecar)
+        return examine(here, out)[device.folder]
+
+    fine = Sidecar(device, made_from(manifest), plan, FILES, {}, False, "now")
+    assert found(fine).level == "ok"
+    (folder / OK_FILE).unlink()
+    assert (
+        "not compared with the golden outputs" in examine(here, out)[device.folder].consequence
+    )
+    other = found(dataclasses.replace(fine, made_from="0" * 64))
+    assert "made from other graphs" in other.consequence
+    early = found(dataclasses.replace(fine, ahead_of_time=True))
+    assert "built ahead of time" in early.consequence
+    assert found(fine).level == "ok"
+    (folder / plan_file("profiles_00")).unlink()
+    assert (examine(here, out)[device.folder].level, other.level) == ("fails", "fails")
+
+
 def test_engines_of_another_device_or_tensorrt_are_named(tmp_path: Path) -> None:
     out = small.write(tmp_path / "out")
     manifest = read_manifest(out)
@@ -185,9 +235,8 @@ def test_engines_of_another_device_or_tensorrt_are_named(tmp_path: Path) -> None
     ):
         folder = out / "engines" / device.folder
         folder.mkdir(parents=True)
-        files = {"profiles_00": PlanFile("0" * 64, 1)}
-        write_sidecar(
-            folder, Sidecar(device, made_from(manifest), plan, files, {}, False, "now")
+        with_engines(
+            folder, Sidecar(device, made_from(manifest), plan, FILES, {}, False, "now")
         )
     found = examine(board(tmp_path / "board"), out)
     assert found["orin_sm87_trt10.3.0"].level == "ok"

@@ -214,6 +214,10 @@ def test_other_weights_are_not_taken_for_the_model_that_was_compiled(
     with pytest.raises(UsageError, match=r"was not compiled from this DiT.*golden") as error:
         dcr.DiffusersTransformer.from_artifact(case.folder, backend="torch", model=other)
     assert error.value.code == "DCR-U051"
+    with pytest.raises(UsageError, match="provider, threads: of ONNX Runtime"):
+        dcr.DiffusersTransformer.from_artifact(
+            case.folder, backend="torch", model=other, provider="cuda", threads=1
+        )
 
 
 def test_a_model_that_is_not_of_diffusers_is_asked_for(tmp_path: Path) -> None:

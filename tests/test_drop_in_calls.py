@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,29 @@ def test_a_tensor_without_values_is_refused_in_words(drop_in: CompiledDenoiser) 
     ) as caught:
         drop_in(x.to("meta"), t, label)
     assert caught.value.code == "DCR-U021"
+
+
+class Sized(Dense):
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor, height: int = 4, return_dict: bool = True
+    ) -> Any: ...  # type: ignore[override]
+
+
+def test_of_equal_shapes_what_is_fixed_in_the_graphs_chooses(folder: Path) -> None:
+    """Packed tokens of a portrait and of a landscape have one shape, and say height and width beside it."""
+    recorders = [Recorder(folder), Recorder(folder)]
+    for recorder, height in zip(recorders, (4, 9), strict=True):
+        recorder.manifest = dataclasses.replace(
+            recorder.manifest, constants={"height": height}
+        )
+    several = SeveralResolutions(
+        [CompiledDenoiser(recorder, Sized()) for recorder in recorders]
+    )
+    for height, counts in ((9, [0, 1]), (4, [1, 1])):
+        several(*tensors().values(), height=height)
+        assert [len(recorder.calls) for recorder in recorders] == counts
+    with pytest.raises(
+        UsageError, match="height is 5, but the artifact was built with 4"
+    ) as caught:
+        several(*tensors().values(), height=5)
+    assert caught.value.code == "DCR-U023"

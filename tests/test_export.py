@@ -551,11 +551,11 @@ def test_a_damaged_golden_file_is_refused(tmp_path: Path, data: bytes | None) ->
 
 def test_parity_figures_are_those_of_the_definition() -> None:
     found = [np.array([3.0, 0.0]), torch.tensor([[1.5]])]
-    expected = [torch.tensor([3.0, 4.0]), np.array([[0.0]])]
+    expected = [torch.tensor([3.0, 4.0]), np.array([[2.0]])]
     row = compare("a -> b", found, expected, 4.0, bucket=2)
     assert row.max_abs == 4.0
-    assert math.isclose(row.rel_l2, math.sqrt(16 + 2.25) / 5)
-    assert math.isclose(row.cosine, 9 / (math.sqrt(11.25) * 5))
+    assert math.isclose(row.rel_l2, max(4 / 5, 0.5 / 2))
+    assert math.isclose(row.cosine, min(9 / (3 * 5), 1))
     assert (row.step, row.bucket, row.non_finite, row.passed) == ("a -> b", 2, 0, True)
     assert not compare("", found, expected, 3.99).passed
     json.dumps(dataclasses.asdict(row), allow_nan=False)
@@ -579,6 +579,20 @@ def test_nan_and_infinity_are_counted_and_fail(value: float, side: int) -> None:
 def test_other_shapes_are_an_error(found: list[Any], expected: list[Any]) -> None:
     with pytest.raises(AccuracyError, match=r"a -> b, bucket 1: outputs of shapes"):
         compare("a -> b", found, expected, 1.0, bucket=1)
+
+
+def test_a_small_output_is_not_hidden_by_a_large_one() -> None:
+    large, small = np.full(100_000, 10.0), np.full(10, 0.1)
+    row = compare("", [large, -small], [large, small], 1e-3, measure="rel_l2")
+    assert not row.passed
+    assert row.rel_l2 == pytest.approx(2.0)
+    assert row.cosine == pytest.approx(-1.0)
+    assert compare("", [large, small], [large, small], 1e-3, measure="rel_l2").passed
+    # what is left of numbers that cancel out is noise beside the others
+    noise = np.full(10, 1e-9)
+    found = compare("", [large, -noise], [large, noise], 1e-3, measure="rel_l2")
+    assert found.passed
+    assert found.cosine == pytest.approx(1.0)
 
 
 def test_zero_against_zero_is_equal_and_zero_against_something_is_finite() -> None:

@@ -130,6 +130,10 @@ class CompiledDenoiser(nn.Module):
         return self._output_class()(outputs[0])
 
     def fits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call has the inputs and shapes that were built, and says of what is fixed in the graphs the same."""
+        return self.fits_shapes(args, kwargs) and self._other_constant(args, kwargs) is None
+
+    def fits_shapes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call has the inputs and shapes that were built."""
         wanted = {name: shape for name, (shape, _) in self._wanted.items()}
         given = dict(_flat(self._bound(args, kwargs)))
@@ -192,24 +196,33 @@ class CompiledDenoiser(nn.Module):
 
     def _check_constants(self, given: Mapping[str, Any]) -> None:
         """Refuse a call that says something else about an argument that is fixed in the graphs."""
-        built = self.runner.manifest.constants
-        said = {
+        if (name := self._other(given)) is not None:
+            said, built = self._said(given).get(name), self.runner.manifest.constants.get(name)
+            raise UsageError(
+                f"{name} is {said!r}, but the artifact was built with {built!r}, and "
+                "a graph cannot change it; compile again with the value you need",
+                code="DCR-U023",
+            )
+
+    def _other_constant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """The first argument of a call that is fixed in the graphs to another value."""
+        return self._other(dict(_flat(self._bound(args, kwargs))))
+
+    def _other(self, given: Mapping[str, Any]) -> str | None:
+        said, built = self._said(given), self.runner.manifest.constants
+        fixed = [n for n in {**said, **built} if n not in self._wanted and n != _RETURN_DICT]
+        return next((name for name in fixed if said.get(name) != built.get(name)), None)
+
+    def _said(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call says about all that is no input of the graphs, in the form of the manifest."""
+        return {
             name: constant_to_json(
                 leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
             )
             for name, leaf in given.items()
-            if name in built
+            if name in self.runner.manifest.constants
             or not isinstance(leaf, Tensor)  # the runner refuses unknown tensors
         }
-        for name in {**said, **built}:
-            if name in self._wanted or name == _RETURN_DICT:
-                continue
-            if said.get(name) != built.get(name):
-                raise UsageError(
-                    f"{name} is {said.get(name)!r}, but the artifact was built with {built.get(name)!r}, and "
-                    "a graph cannot change it; compile again with the value you need",
-                    code="DCR-U023",
-                )
 
     def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse what was not built, and say what was, in the words of a pipeline."""
@@ -274,11 +287,13 @@ class CompiledDenoiser(nn.Module):
 class SeveralResolutions(nn.Module):
     """Artifacts of one model at several resolutions or batch sizes, called as one: the shapes of a call choose.
 
+    So do arguments that are fixed in the graphs, such as a height and a width beside packed tokens.
+
     Args:
         denoisers: one per artifact; what a pipeline asks of a transformer is answered by the first.
 
     Raises:
-        UsageError: a call has shapes that no artifact was built for; lists what was built.
+        UsageError: a call has shapes or fixed arguments that no artifact was built for; lists what was built.
     """
 
     def __init__(self, denoisers: Sequence[CompiledDenoiser]) -> None:
@@ -300,6 +315,11 @@ class SeveralResolutions(nn.Module):
         for denoiser in self.denoisers:
             if denoiser.fits(args, kwargs):
                 return denoiser(*args, **kwargs)
+        for denoiser in self.denoisers:
+            if denoiser.fits_shapes(args, kwargs):
+                return denoiser(
+                    *args, **kwargs
+                )  # refuses, and says what is fixed to something else
         sizes = "; ".join(denoiser.built() for denoiser in self.denoisers)
         raise UsageError(
             f"these shapes were not built, and graphs are static. Built were: {sizes}. Compile one more with "

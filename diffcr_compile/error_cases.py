@@ -150,6 +150,8 @@ _ROWS = (
      "Raise routing.min_keep_ratio."),
     ("DCR-U081", "evaluate returned something else", "What the evaluate argument of dcr.compile returned lacks a key that the report shows, or has another type there.",
      "Return metric, dense, compressed and num_samples, and run the same call again: only the quality is measured anew."),
+    ("DCR-U082", "the model does not run on its example inputs", "Called as it is, with the example inputs, the model raises an error.",
+     "Call the model yourself with these inputs until it runs; the message ends with what it said."),
     # ---------------------------------------------------------------- model, exit status 3
     ("DCR-M000", "the model is not supported", "The message says what in it.", "Change what the message names, or try diffcr inspect for the whole list."),
     ("DCR-M001", "no block can be routed", "Every candidate was refused, each with its reason, or there are no blocks.",

@@ -14,6 +14,7 @@ from diffcr_compile.residual import noise
 # Numbers below this are off: what they multiply would not show.
 WEAK_PARAMETER = 0.02
 WEAK_INPUT = 1e-3
+MASKED = 0.3
 
 
 def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
@@ -24,13 +25,47 @@ def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
             return leaf
         if path == stream:  # equal tokens (a constant image) would hide every difference
             return leaf + 0.5 * noise(leaf, generator)
-        if leaf.ndim == 0:
+        if (
+            leaf.ndim == 0
+        ):  # a gate (ReZero) if it is exactly zero, else more likely a constant such as an epsilon
+            return leaf + 0.2 * noise(leaf, generator).abs() if leaf == 0 else leaf
+        if _is_mask(leaf):  # zeros say something there
             return leaf
         # a gate that starts at zero may be computed outside the block (adaLN-single)
         weak = leaf.abs() < WEAK_INPUT
         return torch.where(weak, leaf + 0.2 * noise(leaf, generator), leaf)
 
     return map_leaves(float64_tree(tree), switched_on)
+
+
+def partly_masked(tree: Any, generator: torch.Generator) -> Any | None:
+    """The arguments with masks that mask something everywhere; None if there is no mask.
+
+    Examples are seldom padded, and never in the image. But where everything is seen, nobody can tell along which tokens a mask runs.
+    """
+    found = False
+
+    def masked(_: Path, leaf: Any) -> Any:
+        nonlocal found
+        if not isinstance(leaf, Tensor) or not _is_mask(leaf):
+            return leaf
+        found = True
+        off = torch.rand(leaf.shape, generator=generator).to(leaf.device) < MASKED
+        fewer = torch.where(off, torch.zeros_like(leaf), leaf)
+        along = max(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
+        is_empty = (fewer == 0).all(dim=along, keepdim=True)  # something is left everywhere
+        return torch.where(is_empty, leaf, fewer)
+
+    tree = map_leaves(tree, masked)
+    return tree if found else None
+
+
+def _is_mask(leaf: Tensor) -> bool:
+    """Zeros and ones, and not zeros alone, along more than a batch."""
+    if leaf.ndim < 2 or max(leaf.shape) < 3 or leaf.is_complex():
+        return False
+    ones = leaf == 1
+    return bool(ones.any()) and bool((ones | (leaf == 0)).all())
 
 
 def lively_copy(module: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ as usual. Gathers and scatters have no MACs, so the bytes they move are reported
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,9 +140,15 @@ def measure_costs(
 
 def flop_counter() -> FlopCounterMode:
     """Counts floating-point operations, two per MAC, on real or fake tensors."""
-    # The fused attention of the CPU is missing in torch's registry.
-    fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return _OpByOp(display=False, custom_mapping={fused_cpu: _attention_flops})
+    aten = torch.ops.aten
+    missing_in_torch = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.mv: _mv_flops,
+        aten.addbmm: _addbmm_flops,
+        aten._trilinear: _trilinear_flops,
+        aten._grouped_mm: _grouped_mm_flops,
+    }
+    return _OpByOp(display=False, custom_mapping=missing_in_torch)
 
 
 class _OpByOp(FlopCounterMode):
@@ -163,6 +170,39 @@ class _OpByOp(FlopCounterMode):
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _mv_flops(matrix: Sequence[int], _: Any, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _addbmm_flops(_: Any, left: Sequence[int], right: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def _trilinear_flops(
+    one: Sequence[int],
+    two: Sequence[int],
+    three: Sequence[int],
+    expand_1: Any,
+    expand_2: Any,
+    expand_3: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of nn.Bilinear: the product of all three, before it is summed."""
+    shapes: list[list[int]] = []
+    for shape, axes in ((one, expand_1), (two, expand_2), (three, expand_3)):
+        expanded = list(shape)
+        for axis in axes:
+            expanded.insert(axis, 1)
+        shapes.append(expanded)
+    return 2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _grouped_mm_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of experts: every row of the left is multiplied with the matrix of its group."""
+    return 2 * math.prod(left) * right[-1]
 
 
 def _routing_macs(spec: BlockSpec, kept_tokens: int, shortcut_macs: int) -> float:
@@ -248,16 +288,19 @@ class _BlockCounter(fx.Interpreter):
         if target not in self.specs:
             return super().call_module(target, args, kwargs)
         before = self.counter.get_total_flops()
+        result = super().call_module(target, args, kwargs)
+        # layers of the same shapes may be put together in another way: linear attention here, softmax there
+        whole = self.counter.get_total_flops() - before
         spec = self.specs[target]
         key = (
             spec.num_tokens,
             self.levels[target],
+            whole,
             *_structure(self.module.get_submodule(target), args, kwargs),
         )
         if key not in self.known:
             self.known[key] = self._at_levels(spec, args, kwargs)
         self.flops[target] = self.known[key]
-        result = super().call_module(target, args, kwargs)
         self.inside += self.counter.get_total_flops() - before
         return result
 

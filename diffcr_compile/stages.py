@@ -31,7 +31,7 @@ from diffcr_compile.calibrate.samplers import FlowEuler, Sampler, model_input
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RolloutConfig, RoutingConfig
 from diffcr_compile.durable import disk_errors_in_words
-from diffcr_compile.errors import UnsupportedModelError, UsageError
+from diffcr_compile.errors import DiffCRError, UnsupportedModelError, UsageError
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.export.precision import HalfSettings, Precision
@@ -44,8 +44,9 @@ from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.fuse_block_spans import FuseBlockSpans
 from diffcr_compile.passes.insert_token_routers import InsertTokenRouters
 from diffcr_compile.planning.targets import Target
-from diffcr_compile.program import DiTGraph, Program, Stage, run_flat
+from diffcr_compile.program import DiTGraph, Program, Stage, evaluating, run_flat
 from diffcr_compile.schedule import TimestepBuckets, TokenSchedule
+from diffcr_compile.signature import bind_call
 
 Data = TeacherStates | LatentStates | PipelineRuns | Iterable[Mapping[str, Tensor]] | None
 Event = Callable[[str, int, int, Mapping[str, Any]], None]
@@ -68,7 +69,14 @@ def _found_and_captured(
     model: nn.Module, example_inputs: ExampleInputs, config: RoutingConfig
 ) -> Program:
     args, kwargs = call_of(example_inputs)
-    findings = find_blocks(model, args, kwargs, granularity=config.granularity)
+    bind_call(model, args, kwargs)  # refuses in words what does not fit
+    try:
+        findings = find_blocks(model, args, kwargs, granularity=config.granularity)
+    except (DiffCRError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        _check_that_it_runs(model, args, kwargs)
+        raise
     findings = choose_blocks(findings, config)
     if not findings.blocks:
         reasons = "\n".join(f"  {r.block}: {r.reason}" for r in findings.refused)
@@ -78,6 +86,22 @@ def _found_and_captured(
             code="DCR-M001",
         )
     return _capture(model, args, kwargs, findings)
+
+
+def _check_that_it_runs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Tell a model that does not run on its example inputs from one that the compiler trips over."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(*args, **kwargs)
+    except Exception as error:  # whatever a user's model raises
+        words = str(error).strip().splitlines()
+        raise UsageError(
+            f"{type(model).__name__} does not run on the example inputs ({type(error).__name__}: "
+            f"{words[0] if words else 'no message'}). Call it with them yourself first: model(**example_inputs).",
+            code="DCR-U082",
+        ) from error
 
 
 def _capture(

@@ -19,7 +19,7 @@ from diffcr_compile.blocks import Path, TokenAxis, get_leaf, leaves, map_leaves,
 from diffcr_compile.cut import cut_arguments
 from diffcr_compile.errors import one_line
 from diffcr_compile.float64 import Float64Mode
-from diffcr_compile.lively import lively_copy, lively_tree
+from diffcr_compile.lively import lively_copy, lively_tree, partly_masked
 from diffcr_compile.recorded import Call, IllegalError, fresh
 from diffcr_compile.residual import SHRINK, gain, shrink
 from diffcr_compile.routing import gather_tokens
@@ -63,12 +63,27 @@ class Trial:
         self.batch, self.length = source.shape[0], source.shape[1]
         self.generator = torch.Generator().manual_seed(1)
         tree = lively_tree(call.tree, stream.path, self.generator)
-        self.block, self.tree, self.wide = lively_copy(module), tree, True
-        self.allowed = MAX_PERMUTATION_ERROR
-        self._choose_precision(module, call, source.dtype)
+        partly = partly_masked(tree, self.generator)
+        if partly is None or not self._runs_on(partly, module, call, source.dtype):
+            self._begin(tree, module, call, source.dtype)
         self.rough: Any = None
         self.unread |= self._handed - {output}
         self._errors: dict[tuple[TokenAxis, ...], float] = {}
+
+    def _begin(self, tree: Any, module: nn.Module, call: Call, own: torch.dtype) -> None:
+        """Take these arguments for the trial, and run the block on them once."""
+        self.block, self.tree, self.wide = lively_copy(module), tree, True
+        self.allowed = MAX_PERMUTATION_ERROR
+        self._choose_precision(module, call, own)
+
+    def _runs_on(self, tree: Any, module: nn.Module, call: Call, own: torch.dtype) -> bool:
+        """Whether the block takes these arguments, and answers in numbers."""
+        try:
+            self._begin(tree, module, call, own)
+        except IllegalError:
+            return False
+        answers = [leaf for _, leaf in leaves(self.reference) if isinstance(leaf, Tensor)]
+        return all(bool(answer.isfinite().all()) for answer in answers)
 
     def _choose_precision(self, module: nn.Module, call: Call, own: torch.dtype) -> None:
         """Float64 throughout; with float32 where the block asks for it; or its own, as it is.

@@ -285,3 +285,22 @@ def test_graphs_may_have_another_batch_than_the_example(tmp_path: Path) -> None:
         model, tmp_path / "o", example_inputs=inputs, budget="60%", config=config
     )
     assert {spec["shape"][0] for spec in out.manifest.inputs} == {3}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"t": None}, "DCR-U000", "missing a required argument: 't'"),
+        ({"surprise": torch.ones(1)}, "DCR-U000", "unexpected keyword argument 'surprise'"),
+        ({"x": torch.ones(2, 3, 6, 6)}, "DCR-U082", "does not run on the example inputs"),
+    ],
+    ids=["missing", "unknown", "channels"],
+)
+def test_example_inputs_that_do_not_fit_are_told_in_words(
+    change: dict[str, Any], code: str, said: str
+) -> None:
+    model, inputs = models.plain()
+    given = {n: v for n, v in {**inputs, **change}.items() if v is not None}
+    with pytest.raises(UsageError, match=said) as caught:
+        dcr.route(model, given)
+    assert caught.value.code == code

@@ -25,7 +25,7 @@ from diffcr_compile.streams import sample_input
 from diffcr_compile.trial import Trial
 from tests import models
 from tests.conftest import Case, keeping
-from tests.model_parts import Block
+from tests.model_parts import Block, OwnDiT, inputs_for
 
 ROPE = (1, "rope")
 FLUX_TABLES = (
@@ -804,3 +804,75 @@ def test_a_legal_block_runs_no_more_often_than_its_experiments_need(
     assert runs[torch.float64] == 3 * 3
     # seen once; bypassed on the example, on another image, on another first sample; twice with zeros
     assert runs[torch.float32] == 3 * (1 + 3 + 2)
+
+
+class ImageFirst(Block):
+    def forward(  # type: ignore[override]
+        self, image: Tensor, text: Tensor, condition: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        both = super().forward(torch.cat([image, text], 1), condition, mask=mask)
+        return both[:, : image.shape[1]], both[:, image.shape[1] :]
+
+
+class MaskedDiT(OwnDiT):
+    """One mask over the tokens of the image, then of the text."""
+
+    def __init__(self) -> None:
+        super().__init__(block=ImageFirst)
+        self.text = nn.Linear(12, self.width)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:  # type: ignore[override]
+        tokens, condition = self.embed(x, t)
+        words = self.text(text)
+        mask = torch.cat([text_mask.new_ones(x.shape[0], self.num_tokens), text_mask], 1)
+        for block in self.blocks:
+            tokens, words = block(tokens, words, condition, mask)
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_is_cut_where_its_image_tokens_are_although_the_example_masks_nothing(
+    kind: torch.dtype, padded: bool
+) -> None:
+    """Of an example without padding nobody could tell: text that is masked later would be seen, and image tokens not."""
+    torch.manual_seed(0)
+    mask = torch.ones(2, 5, dtype=kind)
+    if padded:
+        mask[:, 3:] = 0
+    model = MaskedDiT().eval()
+    inputs = inputs_for(text=torch.randn(2, 5, 12), text_mask=mask)
+    routed = dcr.route(model, inputs)
+    for spec in routed.program.blocks:
+        assert [(axis.path, axis.start) for axis in spec.aligned] == [((0, 3), 0)]
+
+
+class ReZeroDiT(OwnDiT):
+    """Its gates are scalars that are handed to the blocks, and zero when training begins."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(block=Convolving)
+        self.gates = nn.Parameter(torch.full((len(self.blocks),), value))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, t)
+        for block, gate in zip(self.blocks, self.gates.unbind(), strict=True):
+            tokens = block(tokens, condition, gate)
+        return self.image(tokens)
+
+
+class Convolving(Block):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.convolution = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, condition: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, condition) + gate * self.convolution(x.mT).mT
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_scalar_gate_that_is_zero_hides_nothing(value: float) -> None:
+    model = ReZeroDiT(value).eval()
+    found = find_blocks(model, (), inputs_for(), granularity="block")
+    assert not found.blocks
+    assert {row.block for row in found.refused} >= {"blocks.0", "blocks.1"}

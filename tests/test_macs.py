@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffcr_compile as dcr
 from diffcr_compile.errors import UsageError
-from diffcr_compile.macs import keep_levels, measure_costs
+from diffcr_compile.macs import flop_counter, keep_levels, measure_costs
 from tests.model_parts import Block, OwnDiT, inputs_for
 
 
@@ -143,3 +146,54 @@ def test_a_block_that_needs_more_tokens_than_the_smallest_keep_ratio_is_named() 
     with pytest.raises(UsageError, match=r"blocks\.0 does not run with 4 of its 36") as caught:
         measure_costs(program, multiple_of=2, min_keep_ratio=4 / 36)
     assert caught.value.code == "DCR-U080"
+
+
+class Attention(nn.Module):
+    """Softmax attention or linear attention, with the same layers."""
+
+    def __init__(self, width: int, heads: int, linear: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.linear = heads, linear
+
+    def forward(self, x: Tensor, rope: None = None, mask: None = None) -> Tensor:
+        batch, length, width = x.shape
+        split = self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in split)
+        y = q @ (k.mT @ v) if self.linear else (q @ k.mT).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+def test_blocks_that_put_the_same_layers_together_otherwise_cost_what_each_does() -> None:
+    model = OwnDiT(depth=4).eval()
+    for number, block in enumerate(model.blocks):
+        block.attention = Attention(model.width, 4, linear=number % 2 == 0)
+    inputs = inputs_for()
+    costs = measure_costs(dcr.route(model, inputs).program, 9, 0.2)
+    with torch.no_grad(), flop_counter() as counter:
+        model(**inputs)
+    assert costs.dense == counter.get_total_flops() / 2 / len(inputs["x"])
+    whole = [costs.per_level[f"blocks.{number}"][-1] for number in range(4)]
+    assert whole[0] == whole[2] != whole[1] == whole[3]
+
+
+def test_products_that_torch_does_not_count_are_counted() -> None:
+    def macs(run: Callable[[], object]) -> float:
+        with torch.no_grad(), flop_counter() as counter:
+            run()
+        return counter.get_total_flops() / 2
+
+    rows, bilinear = torch.ones(8, 16), nn.Bilinear(16, 12, 4)
+    assert macs(lambda: rows @ torch.ones(16)) == 8 * 16
+    assert macs(lambda: bilinear(rows, torch.ones(8, 12))) == 8 * 16 * 12 * 4
+    assert (
+        macs(lambda: bilinear(torch.ones(2, 8, 16), torch.ones(2, 8, 12))) == 16 * 16 * 12 * 4
+    )
+    assert (
+        macs(lambda: torch.addbmm(torch.ones(3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)))
+        == 120
+    )
+    half, experts = torch.ones(16, 32).bfloat16(), torch.ones(2, 8, 32).bfloat16().mT
+    ends = torch.tensor([8, 16], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert macs(lambda: torch._grouped_mm(half, experts, offs=ends)) == 16 * 32 * 8

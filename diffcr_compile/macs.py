@@ -197,7 +197,7 @@ def _trilinear_flops(
         for axis in axes:
             expanded.insert(axis, 1)
         shapes.append(expanded)
-    return 2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
+    return int(2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True)))
 
 
 def _grouped_mm_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:

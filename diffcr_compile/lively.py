@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -38,15 +40,24 @@ def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
     return map_leaves(float64_tree(tree), switched_on)
 
 
-def partly_masked(tree: Any, generator: torch.Generator) -> Any | None:
-    """The arguments with masks that mask something everywhere; None if there is no mask.
+def partly_masked(tree: Any, counts: Set[int], generator: torch.Generator) -> Any | None:
+    """The arguments with masks that mask something everywhere, and lengths below the whole; None if there are none.
 
-    Examples are seldom padded, and never in the image. But where everything is seen, nobody can tell along which tokens a mask runs.
+    Examples are seldom padded, and never in the image. But where everything is seen, nobody can tell along which tokens a mask
+    runs, and a block that counts its tokens looks like one that does not.
+
+    Args:
+        tree: the arguments.
+        counts: numbers of tokens; a tensor with at most a number per sample that holds one of them may be lengths.
+        generator: of what is masked.
     """
     found = False
 
     def masked(_: Path, leaf: Any) -> Any:
         nonlocal found
+        if isinstance(leaf, Tensor) and (whole := _whole_lengths(leaf, counts)) is not None:
+            found = True
+            return torch.where(whole, leaf - leaf // 4, leaf)
         if not isinstance(leaf, Tensor) or not _is_mask(leaf):
             return leaf
         found = True
@@ -58,6 +69,18 @@ def partly_masked(tree: Any, generator: torch.Generator) -> Any | None:
 
     tree = map_leaves(tree, masked)
     return tree if found else None
+
+
+def _whole_lengths(leaf: Tensor, counts: Set[int]) -> Tensor | None:
+    """Which entries may say that a sample has all of its tokens; None where nothing does."""
+    if leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool:
+        return None
+    if math.prod(leaf.shape[1:]) > 1:
+        return None
+    whole = sum(
+        (leaf == count for count in counts), start=torch.zeros_like(leaf, dtype=torch.bool)
+    )
+    return whole if bool(whole.any()) else None
 
 
 def _is_mask(leaf: Tensor) -> bool:

@@ -63,7 +63,7 @@ class Trial:
         self.batch, self.length = source.shape[0], source.shape[1]
         self.generator = torch.Generator().manual_seed(1)
         tree = lively_tree(call.tree, stream.path, self.generator)
-        partly = partly_masked(tree, self.generator)
+        partly = partly_masked(tree, {num_tokens, self.length} - {1}, self.generator)
         if partly is None or not self._runs_on(partly, module, call, source.dtype):
             self._begin(tree, module, call, source.dtype)
         self.rough: Any = None

@@ -876,3 +876,49 @@ def test_a_scalar_gate_that_is_zero_hides_nothing(value: float) -> None:
     found = find_blocks(model, (), inputs_for(), granularity="block")
     assert not found.blocks
     assert {row.block for row in found.refused} >= {"blocks.0", "blocks.1"}
+
+
+class UpToLength(Block):
+    def forward(self, x: Tensor, condition: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        return super().forward(x, condition, mask=mask)
+
+
+class WithLengths(OwnDiT):
+    def __init__(self) -> None:
+        super().__init__(block=UpToLength)
+
+    def forward(self, x: Tensor, t: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        tokens, condition = self.embed(x, t)
+        for block in self.blocks:
+            tokens = block(tokens, condition, lengths)
+        return self.image(tokens)
+
+
+@pytest.mark.parametrize("lengths", [[36, 36], [36, 20]])
+def test_a_block_that_counts_its_tokens_in_a_tensor_is_refused(lengths: list[int]) -> None:
+    """With fewer tokens the first of them would be taken for the valid ones; an example of whole lengths does not show it."""
+    found = find_blocks(
+        WithLengths().eval(),
+        (),
+        inputs_for(lengths=torch.tensor(lengths)),
+        granularity="block",
+    )
+    assert not found.blocks
+
+
+class Labelled(Block):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.label = nn.Embedding(40, width)
+
+    def forward(self, x: Tensor, condition: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, condition + self.label(lengths))
+
+
+def test_labels_that_are_the_number_of_tokens_by_accident_hinder_nothing() -> None:
+    model = WithLengths()
+    model.blocks = nn.ModuleList(Labelled() for _ in range(2))
+    for labels in ([36, 36], [3, 36]):
+        given = inputs_for(lengths=torch.tensor(labels))
+        assert len(find_blocks(model.eval(), (), given, granularity="block").blocks) == 2

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.quality.job import Job
 from benchmarks.quality.jobs import ON_IMAGES, ON_IMAGES_TOO, OTHERS
+from benchmarks.quality.settings import DISTILLED
 from benchmarks.quality.table import OUR_VARIANTS
 from diffcr_compile.report import write_sample_sheet
 
@@ -25,10 +26,11 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 4.5))
-    axes.set_prop_cycle(
-        color=plt.get_cmap("tab20").colors
-    )  # more variants than the default has colours
-    for variant in dict.fromkeys(row["variant"] for row in rows if row["steps"] == steps):
+    variants = list(dict.fromkeys(row["variant"] for row in rows if row["steps"] == steps))
+    # a colour for each way to route, in whichever way it is trained
+    ways = list(dict.fromkeys(variant.removesuffix(DISTILLED) for variant in variants))
+    colours = dict(zip(ways, plt.get_cmap("tab20").colors, strict=False))
+    for variant in variants:
         mine = [r for r in rows if r["variant"] == variant and r["steps"] == steps]
         mine.sort(key=lambda row: row["macs"]["mean"])
         x = [100 * row["macs"]["mean"] for row in mine]
@@ -37,8 +39,10 @@ def curve(rows: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
             [row["kid_x1000"]["mean"] - row["kid_x1000"]["min"] for row in mine],
             [row["kid_x1000"]["max"] - row["kid_x1000"]["mean"] for row in mine],
         ]
-        bold = {"lw": 2.5, "zorder": 3} if variant in OUR_VARIANTS else {"lw": 1}
-        axes.errorbar(x, y, spread, marker="o", capsize=3, label=variant, **bold)
+        look = {"lw": 2.5, "zorder": 3} if variant in OUR_VARIANTS else {"lw": 1}
+        look["color"] = colours[variant.removesuffix(DISTILLED)]
+        look |= {"marker": "s", "ls": "--"} if DISTILLED in variant else {"marker": "o"}
+        axes.errorbar(x, y, spread, capsize=3, label=variant, **look)
     axes.set_xlabel("MACs of the sampling loop, % of dense")
     axes.set_ylabel("KID x 1000, lower is better")
     axes.set_yscale("log")

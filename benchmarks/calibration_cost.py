@@ -27,7 +27,7 @@ import diffcr_compile as dcr
 from diffcr_compile.bench import interleaved
 from diffcr_compile.budgets import cost_table
 from diffcr_compile.calibrate.ratios import RatioLearner
-from diffcr_compile.calibrate.trained import TrainedParameters, own_weights
+from diffcr_compile.calibrate.trained import TrainedParameters, learning_mode, own_weights
 from diffcr_compile.config import CalibrationConfig, RoutingConfig
 from diffcr_compile.passes.base import run_passes
 from diffcr_compile.passes.blend_two_bins import BlendTwoBins
@@ -74,9 +74,10 @@ class Stepper:
     def turn(self) -> None:
         """One step in every timestep bucket."""
         for bucket in range(len(self.buckets)):
-            # The dense model is evaluated without routers: in evaluation mode a full block has none.
-            self.running.module.train(not self.is_dense)
-            if not self.is_dense:
+            if self.is_dense:  # in evaluation mode a full block has no router
+                self.running.module.eval()
+            else:
+                learning_mode(self.running.module)
                 self.learner.attach(bucket)
             loss = mse_loss(run_flat(self.running, self.inputs)[0], self.answer)
             loss.backward()  # type: ignore[no-untyped-call]

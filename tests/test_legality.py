@@ -577,7 +577,7 @@ class CountingDiT(models.OwnDiT):
     ("returns", "reads", "reason"),
     [
         ("next", True, "permuting its image tokens does not permute its output"),
-        ("mask", True, "its output[1] has shape (2, 8) on 8 of 16 tokens and (2, 16) on all"),
+        ("mask", True, "permuting its image tokens does not permute its output"),
         ("next", False, None),
         ("mask", False, None),
         ("itself", True, None),  # the graph takes the input

@@ -27,9 +27,8 @@ def lively_tree(tree: Any, stream: Path, generator: torch.Generator) -> Any:
             return leaf
         if path == stream:  # equal tokens (a constant image) would hide every difference
             return leaf + 0.5 * noise(leaf, generator)
-        if (
-            leaf.ndim == 0
-        ):  # a gate (ReZero) if it is exactly zero, else more likely a constant such as an epsilon
+        # a gate (ReZero) if it is exactly zero, else more likely a constant such as an epsilon
+        if leaf.ndim == 0:
             return leaf + 0.2 * noise(leaf, generator).abs() if leaf == 0 else leaf
         if _is_mask(leaf):  # zeros say something there
             return leaf

@@ -275,9 +275,8 @@ def _put_rows(tensor: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     # A patch embedding leaves its stream transposed in memory, and index_put keeps it so; a token's channels
     # would then lie N apart for every gather to come.
     table = tensor.contiguous().flatten(0, 1)  # (B * N, C)
-    if (
-        rows.dtype != table.dtype
-    ):  # autocast leaves what a block makes of its stream in another type
+    # autocast leaves what a block makes of its stream in another type
+    if rows.dtype != table.dtype:
         kind = torch.promote_types(table.dtype, rows.dtype)
         table, rows = table.to(kind), rows.to(kind)
     return table.index_put((_in_table(index, tensor.shape[1]),), rows).view(tensor.shape)

@@ -207,9 +207,8 @@ def _train(run: Run, folder: Path | None, key: str, report: Report | None) -> No
 @contextlib.contextmanager
 def _state_kept(run: Run, folder: Path | None, key: str) -> Iterator[None]:
     """Save where a step that cannot be finished started from, and say where it is."""
-    schedule = copy.deepcopy(
-        run.search.state()
-    )  # a step may solve for another before it fails
+    # a step may solve for another schedule before it fails
+    schedule = copy.deepcopy(run.search.state())
     try:
         yield
     except (AccuracyError, EnvironmentMissingError) as error:

@@ -187,3 +187,13 @@ def test_of_equal_shapes_what_is_fixed_in_the_graphs_chooses(folder: Path) -> No
     ) as caught:
         several(*tensors().values(), height=5)
     assert caught.value.code == "DCR-U023"
+
+
+@pytest.mark.parametrize("change", [Tensor.bfloat16, Tensor.to_sparse])
+def test_tensors_that_numpy_cannot_hold_are_told_in_words(
+    drop_in: CompiledDenoiser, change: Any
+) -> None:
+    given = tensors()
+    with pytest.raises(UsageError, match="label is torch.* which numpy cannot hold") as caught:
+        drop_in(**{**given, "label": change(given["label"])})
+    assert caught.value.code == "DCR-U021"

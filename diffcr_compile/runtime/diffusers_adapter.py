@@ -170,7 +170,7 @@ class CompiledDenoiser(nn.Module):
         self._check_shapes(ready)
         if not isinstance(self.runner, Runner):
             return self.runner.run_tensors(ready)
-        found = self.runner(**{n: _array(tensor) for n, tensor in ready.items()})
+        found = self.runner(**{n: _array(n, tensor) for n, tensor in ready.items()})
         device = next(iter(tensors.values())).device
         return tuple(
             torch.from_numpy(output).to(device)
@@ -337,11 +337,18 @@ def _with_return_dict(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
 
 
-def _array(tensor: Tensor) -> Any:
+def _array(name: str, tensor: Tensor) -> Any:
     if tensor.is_meta:
         return tensor  # it has no values; the runner says so in words
-    # numpy knows no lazy conjugate and no lazy minus
-    return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
+    try:
+        # numpy knows no lazy conjugate and no lazy minus
+        return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} is {tensor.dtype}, {tensor.layout}, which numpy cannot hold ({error}). Pass it dense, in the type that the "
+            "artifact was built for",
+            code="DCR-U021",
+        ) from error
 
 
 def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -194,6 +194,6 @@ def test_tensors_that_numpy_cannot_hold_are_told_in_words(
     drop_in: CompiledDenoiser, change: Any
 ) -> None:
     given = tensors()
-    with pytest.raises(UsageError, match="label is torch.* which numpy cannot hold") as caught:
+    with pytest.raises(UsageError, match=r"label is torch.*which numpy cannot hold") as caught:
         drop_in(**{**given, "label": change(given["label"])})
     assert caught.value.code == "DCR-U021"

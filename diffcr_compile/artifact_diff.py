@@ -9,7 +9,8 @@ from typing import Any
 from diffcr_compile.data_files import read_json, read_yaml
 from diffcr_compile.errors import ArtifactError
 from diffcr_compile.manifest import Manifest, read_manifest
-from diffcr_compile.workspace import EFFECTIVE_FILE, fingerprint
+from diffcr_compile.runtime.engine_files import files_hash
+from diffcr_compile.workspace import EFFECTIVE_FILE
 
 Row = dict[str, Any]
 # report.json: what a reader compares first, by the path of keys
@@ -58,10 +59,8 @@ def _rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
 def _contents(manifest: Manifest) -> dict[str, Any]:
     """Graphs with their weights, and what they answered to the golden inputs: the same numbers come of the same hashes."""
     return {
-        f"sha256 of {folder}": fingerprint(
-            {n: e["sha256"] for n, e in manifest.files.items() if n.startswith(folder)}
-        )
-        for folder in ("onnx/", "golden/bucket")
+        f"sha256 of {start}": files_hash(manifest, start)
+        for start in ("onnx/", "golden/bucket")
     }
 
 

@@ -31,7 +31,7 @@ from diffcr_compile.calibrate.samplers import FlowEuler, Sampler, model_input
 from diffcr_compile.capture import capture
 from diffcr_compile.config import CompileConfig, RolloutConfig, RoutingConfig
 from diffcr_compile.durable import disk_errors_in_words
-from diffcr_compile.errors import DiffCRError, UnsupportedModelError, UsageError
+from diffcr_compile.errors import DiffCRError, UnsupportedModelError, UsageError, one_line
 from diffcr_compile.export.artifact import export_artifact
 from diffcr_compile.export.parity import Parity, compare
 from diffcr_compile.export.precision import HalfSettings, Precision
@@ -96,10 +96,9 @@ def _check_that_it_runs(
         with torch.no_grad(), evaluating(model):
             model(*args, **kwargs)
     except Exception as error:  # whatever a user's model raises
-        words = str(error).strip().splitlines()
         raise UsageError(
-            f"{type(model).__name__} does not run on the example inputs ({type(error).__name__}: "
-            f"{words[0] if words else 'no message'}). Call it with them yourself first: model(**example_inputs).",
+            f"{type(model).__name__} does not run on the example inputs ({one_line(error)}). Call it with them yourself "
+            "first: model(**example_inputs).",
             code="DCR-U082",
         ) from error
 

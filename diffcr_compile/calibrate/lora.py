@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcr_compile.calibrate.requires_grad import requires_grad_kept
 from diffcr_compile.copied import copied
 from diffcr_compile.errors import AccuracyError, EnvironmentMissingError, UsageError
 from diffcr_compile.program import Program, run_flat
@@ -60,14 +61,10 @@ def low_rank(program: Program, rank: int, seed: int) -> Iterator[None]:
         AccuracyError: a block uses a weight in another way than its layer does.
     """
     originals = {spec.name: program.module.get_submodule(spec.name) for spec in program.blocks}
-    own = [(parameter, parameter.requires_grad) for parameter in program.module.parameters()]
     try:
         _copy_blocks(program)
-        try:
+        with requires_grad_kept(program.module):  # peft freezes the base weights
             _add_adapters(program, rank, seed)
-        finally:  # peft freezes the base weights, which are the user's own
-            for parameter, required in own:
-                parameter.requires_grad_(required)
         _check_mergeable(program, seed)
         yield
         merge_adapters(program)

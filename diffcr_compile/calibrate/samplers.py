@@ -63,15 +63,9 @@ def _plain(value: Any) -> Any:
     """A value in the form of JSON, tensors by their digest."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.ndarray):
-        return [
-            str(value.dtype),
-            list(value.shape),
-            hashlib.sha256(value.tobytes()).hexdigest(),
-        ]
-    if isinstance(value, Tensor):
-        digest = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        return [str(value.dtype), list(value.shape), digest]
+    if isinstance(value, (Tensor, np.ndarray)):
+        content = tensor_bytes(value) if isinstance(value, Tensor) else value.tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffcr_compile.calibrate.lora import MARKS
 from diffcr_compile.calibrate.muon import StackedMuon
+from diffcr_compile.calibrate.requires_grad import requires_grad_kept
 from diffcr_compile.calibrate.sharded_tensors import alike, share_like, total_norm, whole
 from diffcr_compile.config import CalibrationConfig
 from diffcr_compile.copied import copied
@@ -145,14 +146,10 @@ class TrainedParameters:
 def nothing_else_learns(module: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
     """Only `trained` get gradients while the context lasts: the others are the user's, and cost time."""
     wanted = {id(parameter) for parameter in trained}
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in before:
+    with requires_grad_kept(module) as parameters:
+        for parameter in parameters:
             parameter.requires_grad_(id(parameter) in wanted)
         yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def own_weights(module: DiTGraph) -> None:

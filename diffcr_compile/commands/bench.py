@@ -17,9 +17,9 @@ from diffcr_compile.commands.options import (
     Inputs,
     PipelineFile,
     Settings,
+    refuse_idle,
 )
 from diffcr_compile.commands.terminal import print_json, say
-from diffcr_compile.errors import UsageError
 
 EXAMPLES = (
     "out/",
@@ -137,10 +137,7 @@ def bench(
 
 
 def _refuse(options: Mapping[str, object], where: str) -> None:
-    """What would have no effect is not swallowed."""
-    given = [option for option, value in options.items() if value is not None]
-    if given:
-        raise UsageError(f"{', '.join(given)} has no effect {where}; leave it out")
+    refuse_idle([option for option, value in options.items() if value is not None], where)
 
 
 def _loops(

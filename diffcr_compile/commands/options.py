@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +67,16 @@ LearnedFrom = Annotated[
         "instead of a calibration"
     ),
 ]
+
+
+def refuse_idle(options: Sequence[str], where: str) -> None:
+    """Options that were given and would have no effect `where` they stand are not swallowed.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if options:
+        raise UsageError(f"{', '.join(options)} has no effect {where}; leave it out")
 
 
 def with_steps(assignments: list[str] | None, steps: int | None) -> list[str] | None:

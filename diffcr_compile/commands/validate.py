@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from diffcr_compile.commands.app import App
-from diffcr_compile.commands.options import AsJson, Folder
+from diffcr_compile.commands.options import AsJson, Folder, refuse_idle
 from diffcr_compile.commands.terminal import console, note, print_json, say
 from diffcr_compile.errors import AccuracyError, UsageError
 
@@ -100,9 +100,7 @@ def _refuse_what_has_no_effect(given: Mapping[str, bool]) -> None:
         idle = [option for option in used if option not in goes_with]
     else:
         idle = ["--bucket"] if "--bucket" in used else []
-    if idle:
-        what = f"with {alone[0]}" if alone else "without --results"
-        raise UsageError(f"{', '.join(idle)} has no effect {what}; leave it out")
+    refuse_idle(idle, f"with {alone[0]}" if alone else "without --results")
 
 
 def _results(out: Path, results: Path, bucket: int, as_json: bool) -> None:

@@ -61,6 +61,7 @@ def _template() -> jinja2.Template:
 
 def _context(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     rows = view.keep_rows(report)
+    mean_ratios = view.mean_ratios(rows)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     undecided = [c["name"] for c in report["checks"] if not c.get("decided", True)]
     # A report that says "pass" over a failed check is shown as what it is.
@@ -80,8 +81,8 @@ def _context(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "importance": _picture(report, folder, "importance"),
         "buckets": view.bucket_names(report),
         "rows": rows,
-        "mean_ratios": view.mean_ratios(rows),
-        "by_noise": view.tokens_by_noise(report, view.mean_ratios(rows)),
+        "mean_ratios": mean_ratios,
+        "by_noise": view.tokens_by_noise(report, mean_ratios),
         "totals": view.macs_totals(report),
         "speedup": speedup,
         "runs": view.timing_runs(speedup),

@@ -130,10 +130,6 @@ class CompiledDenoiser(nn.Module):
         return self._output_class()(outputs[0])
 
     def fits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call has the inputs and shapes that were built, and says of what is fixed in the graphs the same."""
-        return self.fits_shapes(args, kwargs) and self._other_constant(args, kwargs) is None
-
-    def fits_shapes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call has the inputs and shapes that were built."""
         wanted = {name: shape for name, (shape, _) in self._wanted.items()}
         given = dict(_flat(self._bound(args, kwargs)))
@@ -141,6 +137,10 @@ class CompiledDenoiser(nn.Module):
             {name: tuple(self._prepared(name, t).shape) for name, t in part.items()} == wanted
             for part in self._parts(self._tensors(given))
         )
+
+    def agrees(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call says of what is fixed in the graphs what they were built with."""
+        return self._other(dict(_flat(self._bound(args, kwargs)))) is None
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, defaults filled in; inputs that are missing are refused later, by name."""
@@ -204,11 +204,8 @@ class CompiledDenoiser(nn.Module):
                 code="DCR-U023",
             )
 
-    def _other_constant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-        """The first argument of a call that is fixed in the graphs to another value."""
-        return self._other(dict(_flat(self._bound(args, kwargs))))
-
     def _other(self, given: Mapping[str, Any]) -> str | None:
+        """The first argument of a call that is fixed in the graphs to another value."""
         said, built = self._said(given), self.runner.manifest.constants
         fixed = [n for n in {**said, **built} if n not in self._wanted and n != _RETURN_DICT]
         return next((name for name in fixed if said.get(name) != built.get(name)), None)
@@ -312,14 +309,11 @@ class SeveralResolutions(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step, by the first artifact that was built for these shapes."""
-        for denoiser in self.denoisers:
-            if denoiser.fits(args, kwargs):
-                return denoiser(*args, **kwargs)
-        for denoiser in self.denoisers:
-            if denoiser.fits_shapes(args, kwargs):
-                return denoiser(
-                    *args, **kwargs
-                )  # refuses, and says what is fixed to something else
+        fitting = [d for d in self.denoisers if d.fits(args, kwargs)]
+        if fitting:
+            agreeing = (d for d in fitting if d.agrees(args, kwargs)) if fitting[1:] else ()
+            # where none agrees, the first refuses and says what is fixed to something else
+            return next(iter(agreeing), fitting[0])(*args, **kwargs)
         sizes = "; ".join(denoiser.built() for denoiser in self.denoisers)
         raise UsageError(
             f"these shapes were not built, and graphs are static. Built were: {sizes}. Compile one more with "

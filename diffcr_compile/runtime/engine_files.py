@@ -98,11 +98,16 @@ def read_plan_file(path: Path) -> PlanFile:
 
 def graphs_hash(manifest: Manifest) -> str:
     """One hash of all graphs and their weights, as the manifest lists them: what a plan depends on."""
+    return files_hash(manifest, "onnx/")
+
+
+def files_hash(manifest: Manifest, start: str) -> str:
+    """One hash of all files whose names begin so, as the manifest lists them."""
     return _hash(
         sorted(
             (name, entry["sha256"])
             for name, entry in manifest.files.items()
-            if name.startswith("onnx/")
+            if name.startswith(start)
         )
     )
 
